@@ -99,26 +99,26 @@ template <typename T> FASTMETA_INLINE void read_row(const View& v, int64_t b, in
   for (int64_t d = count; d < padded; ++d) to[d] = T(0);
 }
 
-// `count` numbers from `from[i * stride]` to a contiguous result at element `offset`. A gradient too large for float16 is cut to its
-// largest number: the slope of a row of zeros is 1 / eps, and infinity must not come out of finite input.
-template <typename T> FASTMETA_INLINE void write_row(const T* from, int64_t stride, int64_t count, bool gradient, ScalarType dtype, char* data,
-                                                     int64_t offset) {
+// `count` numbers to a contiguous result at element `offset`. A gradient too large for float16 is cut to its largest number: the slope of a
+// row of zeros is 1 / eps, and infinity must not come out of finite input.
+template <typename T>
+FASTMETA_INLINE void write_row(const T* from, int64_t count, bool gradient, ScalarType dtype, char* data, int64_t offset) {
   switch (dtype) {
     case ScalarType::Double:
-      for (int64_t i = 0; i < count; ++i) reinterpret_cast<double*>(data)[offset + i] = static_cast<double>(from[i * stride]);
+      for (int64_t i = 0; i < count; ++i) reinterpret_cast<double*>(data)[offset + i] = static_cast<double>(from[i]);
       break;
     case ScalarType::Half:
       for (int64_t i = 0; i < count; ++i) {
-        T x = from[i * stride];
+        T x = from[i];
         if (gradient) x = x > T(65504) ? T(65504) : x < T(-65504) ? T(-65504) : x;
         reinterpret_cast<Half*>(data)[offset + i] = Half(static_cast<float>(x));
       }
       break;
     case ScalarType::BFloat16:
-      for (int64_t i = 0; i < count; ++i) reinterpret_cast<BFloat16*>(data)[offset + i] = BFloat16(static_cast<float>(from[i * stride]));
+      for (int64_t i = 0; i < count; ++i) reinterpret_cast<BFloat16*>(data)[offset + i] = BFloat16(static_cast<float>(from[i]));
       break;
     default:
-      for (int64_t i = 0; i < count; ++i) reinterpret_cast<float*>(data)[offset + i] = static_cast<float>(from[i * stride]);
+      for (int64_t i = 0; i < count; ++i) reinterpret_cast<float*>(data)[offset + i] = static_cast<float>(from[i]);
   }
 }
 
@@ -152,6 +152,7 @@ template <typename T> struct Problem {
   int64_t query_parts, support_parts;
   ScalarType dtype;
 
+  int64_t classes() const { return values ? 1 : columns; }  // sets of supports that are summed up apart
   bool separable() const { return normalize == kNone || eps_mode == kClamp; }  // u = 1
   T scale_of(int64_t b) const { return scales ? scale * scales[b * scales_stride] : scale; }
   int64_t tasks() const { return batch * query_parts * support_parts; }
@@ -185,7 +186,7 @@ Problem<T> make_problem(const Tensor& query, const Tensor& support, const Tensor
   p.row = ceil_divide(p.features, kLanes<T>) * kLanes<T>;
   if (p.row % (4096 / int64_t(sizeof(T)) / 4) == 0) p.row += kLanes<T>;  // rows a power of two apart share their few places in the cache
   p.value_row = ceil_divide(columns, kLanes<T>) * kLanes<T>;
-  p.block = std::clamp<int64_t>(131072 / int64_t(sizeof(T)) / std::max<int64_t>(p.row, 1) / kTileRows, 4, 42) * kTileRows;
+  p.block = std::clamp<int64_t>(262144 / int64_t(sizeof(T)) / std::max<int64_t>(p.row, 1) / kTileRows, 4, 42) * kTileRows;
   p.query_parts = p.support_parts = 1;
   return p;
 }
@@ -270,41 +271,43 @@ template <typename T> struct Panel {
   T *inverse, *norm, *active;  // [kLanes]
 };
 
+// The packed panels of a task. Where all supports are one block a panel is used once, and there is one place for all of them.
 template <typename T> class Queries {
  public:
   Queries(const Problem<T>& p, const typename Problem<T>::Task& task)
-      : count_(ceil_divide(task.queries.size(), kLanes<T>)), each_((p.row * 2 + 3) * kLanes<T>), row_(p.row), data_(count_ * each_) {}
+      : count_(ceil_divide(task.queries.size(), kLanes<T>)), slots_(task.supports.size() <= p.block ? 1 : count_),
+        each_((p.row * 2 + 3) * kLanes<T>), row_(p.row), data_(slots_ * each_) {}
   int64_t count() const { return count_; }
   Panel<T> operator[](int64_t i) const {
-    T* at = data_.get() + i * each_;
+    T* at = data_.get() + i % slots_ * each_;
     T* scaling = at + 2 * row_ * kLanes<T>;
     return {at, at + row_ * kLanes<T>, scaling, scaling + kLanes<T>, scaling + 2 * kLanes<T>};
   }
 
  private:
-  int64_t count_, each_, row_;
+  int64_t count_, slots_, each_, row_;
   Buffer<T> data_;
 };
 
-template <typename T> FASTMETA_INLINE void pack_queries(const Problem<T>& p, const typename Problem<T>::Task& task, const Queries<T>& queries) {
-  constexpr int L = kLanes<T>;
-  for (int64_t i = 0; i < queries.count(); ++i) {
-    const Panel<T> panel = queries[i];
-    for (int l = 0; l < L; ++l) {
-      T* row = panel.rows + l * p.row;
-      const int64_t q = task.queries.begin + i * L + l;
-      Scaling<T> s;
-      if (q < task.queries.end) {
-        read_row(p.query, task.b, q, p.features, p.row, row);
-        if (p.normalize == kBoth) s = normalize_row(row, p.row, p.eps_mode, p.eps);
-      } else {
-        std::memset(row, 0, p.row * sizeof(T));
-      }
-      panel.inverse[l] = s.inverse, panel.norm[l] = s.norm, panel.active[l] = s.active;
+// The queries of panel `i` of a task.
+template <typename T> Range panel_range(const typename Problem<T>::Task& task, int64_t i) {
+  const int64_t begin = task.queries.begin + i * kLanes<T>;
+  return {begin, std::min(begin + kLanes<T>, task.queries.end)};
+}
+
+template <typename T> FASTMETA_INLINE void pack_panel(const Problem<T>& p, int64_t b, Range queries, const Panel<T>& panel) {
+  for (int l = 0; l < kLanes<T>; ++l) {
+    T* row = panel.rows + l * p.row;
+    Scaling<T> s;
+    if (l < queries.size()) {
+      read_row(p.query, b, queries.begin + l, p.features, p.row, row);
+      if (p.normalize == kBoth) s = normalize_row(row, p.row, p.eps_mode, p.eps);
+    } else {
+      std::memset(row, 0, p.row * sizeof(T));
     }
-    for (int64_t d = 0; d < p.features; ++d)
-      for (int l = 0; l < L; ++l) panel.columns[d * L + l] = panel.rows[l * p.row + d];
+    panel.inverse[l] = s.inverse, panel.norm[l] = s.norm, panel.active[l] = s.active;
   }
+  transpose(kLanes<T>, p.row, panel.rows, p.row, panel.columns, kLanes<T>);
 }
 
 // Up to `block` supports, padding left out.
@@ -345,11 +348,19 @@ template <typename T> FASTMETA_INLINE T cosine_factor(int64_t eps_mode, T eps, T
   return T(1) / (eps_mode == kAdd ? norms + eps * inverses : std::sqrt(norms * norms + eps * inverses * inverses));
 }
 
+// tile[j][l] = k^_j . q^_l, in pieces of D of which a panel stays in the first cache.
+template <typename T> FASTMETA_INLINE void dot_tile(const Problem<T>& p, const Block<T>& block, const Panel<T>& panel, T* tile) {
+  constexpr int64_t kPiece = 256;
+  for (int64_t d = 0; d == 0 || d < p.features; d += kPiece)
+    product<T, Left::kRows>(block.count, std::min(kPiece, p.features - d), block.rows.get() + d, p.row, panel.columns + d * kLanes<T>, kLanes<T>,
+                            tile, kLanes<T>, d > 0);
+}
+
 // tile[j][l] = s of support j and query l.
 template <typename T>
 FASTMETA_INLINE void score_tile(const Problem<T>& p, T scale, const Block<T>& block, const Panel<T>& panel, T* tile) {
   constexpr int L = kLanes<T>;
-  product<T, Left::kRows>(block.count, p.features, block.rows.get(), p.row, panel.columns, L, tile, L, false);
+  dot_tile(p, block, panel, tile);
   for (int64_t j = 0; j < block.count; ++j) {
     T* s = tile + j * L;
     if (p.separable())
@@ -372,22 +383,19 @@ template <typename T> struct State {
 template <typename T> class States {
  public:
   States(const Problem<T>& p, int64_t panels)
-      : classes_(p.values ? 1 : p.columns), columns_(p.values ? p.columns : 0), each_((2 * classes_ + columns_) * kLanes<T>),
-        data_(panels * each_) {
+      : rows_(p.values ? 1 : p.value_row), each_((2 * rows_ + (p.values ? p.value_row : 0)) * kLanes<T>), data_(panels * each_) {
     for (int64_t i = 0; i < panels; ++i) {
-      State<T> s = (*this)[i];
-      std::fill_n(s.peak, classes_ * kLanes<T>, -std::numeric_limits<T>::infinity());
-      std::fill_n(s.sum, (classes_ + columns_) * kLanes<T>, T(0));
+      std::fill_n((*this)[i].peak, rows_ * kLanes<T>, -std::numeric_limits<T>::infinity());
+      std::fill_n((*this)[i].sum, each_ - rows_ * kLanes<T>, T(0));
     }
   }
   State<T> operator[](int64_t i) const {
     T* at = data_.get() + i * each_;
-    return {at, at + classes_ * kLanes<T>, at + 2 * classes_ * kLanes<T>};
+    return {at, at + rows_ * kLanes<T>, at + 2 * rows_ * kLanes<T>};
   }
-  int64_t classes() const { return classes_; }
 
  private:
-  int64_t classes_, columns_, each_;
+  int64_t rows_, each_;
   Buffer<T> data_;
 };
 
@@ -435,7 +443,6 @@ template <typename T> FASTMETA_INLINE void forward_task(const Problem<T>& p, int
   const auto task = p.task(i);
   const T scale = p.scale_of(task.b);
   const Queries<T> queries(p, task);
-  pack_queries(p, task, queries);
   Block<T> block(p);
   const int64_t most = p.values ? 1 : std::min(p.columns, p.block);
   const Buffer<T> tile(p.block * kLanes<T>), before(most * kLanes<T>);
@@ -454,6 +461,7 @@ template <typename T> FASTMETA_INLINE void forward_task(const Problem<T>& p, int
       }
     }
     for (int64_t k = 0; k < queries.count(); ++k) {
+      if (first) pack_panel(p, task.b, panel_range<T>(task, k), queries[k]);
       score_tile(p, scale, block, queries[k], tile.get());
       add_tile(p, block, touched, first, tile.get(), before.get(), states[k]);
     }
@@ -461,10 +469,10 @@ template <typename T> FASTMETA_INLINE void forward_task(const Problem<T>& p, int
 }
 
 // Merges the state of later supports into that of earlier ones.
-template <typename T> FASTMETA_INLINE void merge(const Problem<T>& p, int64_t classes, const State<T>& into, const State<T>& from) {
+template <typename T> FASTMETA_INLINE void merge(const Problem<T>& p, const State<T>& into, const State<T>& from) {
   constexpr int L = kLanes<T>;
   T ours[L], theirs[L];
-  for (int64_t c = 0; c < classes; ++c) {
+  for (int64_t c = 0; c < p.classes(); ++c) {
     T *peak = into.peak + c * L, *sum = into.sum + c * L;
     for (int l = 0; l < L; ++l) {
       const T other = from.peak[c * L + l], now = other > peak[l] ? other : peak[l];
@@ -478,56 +486,53 @@ template <typename T> FASTMETA_INLINE void merge(const Problem<T>& p, int64_t cl
       for (int l = 0; l < L; ++l) into.values[c * L + l] = into.values[c * L + l] * ours[l] + from.values[c * L + l] * theirs[l];
 }
 
-// The result of a panel from its state, in place of it; and its log-sums: of each query, or of each class of each query.
+// The result of a panel from its state, in place of it; and its log-sums: of each query, or of each class of each query. `rows` is
+// [kLanes][value_row] of working space.
 template <typename T>
-FASTMETA_INLINE void finish_panel(const Problem<T>& p, int64_t b, Range queries, const State<T>& state, char* result, T* log_sums) {
+FASTMETA_INLINE void finish_panel(const Problem<T>& p, int64_t b, Range queries, const State<T>& state, T* rows, char* result, T* log_sums) {
   constexpr int L = kLanes<T>;
-  const T kInfinity = std::numeric_limits<T>::infinity();
+  T *values = state.values, *peak = state.peak;
   if (p.values) {
+    T inverse[L];
+    for (int l = 0; l < L; ++l) inverse[l] = state.sum[l] == T(0) ? T(0) : T(1) / state.sum[l];  // no support: 0
     for (int64_t c = 0; c < p.columns; ++c)
-      for (int l = 0; l < L; ++l) state.values[c * L + l] = state.sum[l] == T(0) ? T(0) : state.values[c * L + l] / state.sum[l];
-    for (int64_t q = queries.begin; q < queries.end; ++q) {
-      const int64_t l = q - queries.begin, at = b * p.queries + q;
-      write_row(state.values + l, L, p.columns, false, p.dtype, result, at * p.columns);
-      log_sums[at] = state.peak[l] + std::log(state.sum[l]);
-    }
-    return;
-  }
-  T peak[L], total[L], log_total[L];
-  std::fill_n(peak, L, -kInfinity), std::fill_n(total, L, T(0));
-  for (int64_t c = 0; c < p.columns; ++c)
-    for (int l = 0; l < L; ++l) peak[l] = state.peak[c * L + l] > peak[l] ? state.peak[c * L + l] : peak[l];
-  for (int64_t c = 0; c < p.columns; ++c)
-    for (int l = 0; l < L; ++l)
-      total[l] += state.sum[c * L + l] == T(0) ? T(0) : state.sum[c * L + l] * shrink(state.peak[c * L + l], peak[l]);
-  for (int l = 0; l < L; ++l) log_total[l] = std::log(total[l]);
-  for (int64_t c = 0; c < p.columns; ++c)
-    for (int64_t q = queries.begin; q < queries.end; ++q) {
-      const int64_t l = q - queries.begin;
-      T &sum = state.sum[c * L + l], &top = state.peak[c * L + l];
-      if (sum == T(0)) {
-        sum = top = -kInfinity;
-      } else {
-        const T log_sum = sum == T(1) ? T(0) : std::log(sum);
-        sum = (top - peak[l]) + (log_sum - log_total[l]);
-        top += log_sum;
+      for (int l = 0; l < L; ++l) values[c * L + l] *= inverse[l];
+    for (int l = 0; l < L; ++l) peak[l] += log_of_sum(state.sum[l]);
+    std::copy_n(peak, queries.size(), log_sums + b * p.queries + queries.begin);
+  } else {
+    T top[L], total[L];
+    std::fill_n(top, L, -std::numeric_limits<T>::infinity()), std::fill_n(total, L, T(0));
+    for (int64_t c = 0; c < p.columns; ++c)
+      for (int l = 0; l < L; ++l) top[l] = peak[c * L + l] > top[l] ? peak[c * L + l] : top[l];
+    for (int64_t c = 0; c < p.columns; ++c)
+      for (int l = 0; l < L; ++l) total[l] += state.sum[c * L + l] * shrink(peak[c * L + l], top[l]);
+    for (int l = 0; l < L; ++l) total[l] = log_of_sum(total[l]);
+    values = state.sum;
+    for (int64_t c = 0; c < p.columns; ++c)
+      for (int l = 0; l < L; ++l) {
+        // Relative to the largest score, so that large scores do not round the small differences away.
+        const T log_sum = log_of_sum(state.sum[c * L + l]);
+        const bool absent = log_sum == -std::numeric_limits<T>::infinity();
+        values[c * L + l] = absent ? log_sum : (peak[c * L + l] - top[l]) + (log_sum - total[l]);
+        peak[c * L + l] += log_sum;
       }
-    }
-  for (int64_t q = queries.begin; q < queries.end; ++q) {
-    const int64_t l = q - queries.begin, at = (b * p.queries + q) * p.columns;
-    write_row(state.sum + l, L, p.columns, false, p.dtype, result, at);
-    for (int64_t c = 0; c < p.columns; ++c) log_sums[at + c] = state.peak[c * L + l];
+    transpose(p.value_row, L, peak, L, rows, p.value_row);
+    for (int64_t q = queries.begin; q < queries.end; ++q)
+      std::copy_n(rows + (q - queries.begin) * p.value_row, p.columns, log_sums + (b * p.queries + q) * p.columns);
   }
+  transpose(p.value_row, L, values, L, rows, p.value_row);
+  for (int64_t q = queries.begin; q < queries.end; ++q)
+    write_row(rows + (q - queries.begin) * p.value_row, p.columns, false, p.dtype, result, (b * p.queries + q) * p.columns);
 }
 
 // The parts of the supports of task group `i` (an episode and a part of its queries), from the first to the last, to the result.
 template <typename T>
 FASTMETA_INLINE void finish_group(const Problem<T>& p, int64_t i, const States<T>* states, char* result, T* log_sums) {
   const auto task = p.task(i * p.support_parts);
+  const Buffer<T> rows(kLanes<T> * p.value_row);
   for (int64_t k = 0; k * kLanes<T> < task.queries.size(); ++k) {
-    for (int64_t s = 1; s < p.support_parts; ++s) merge(p, states[0].classes(), states[0][k], states[s][k]);
-    const int64_t begin = task.queries.begin + k * kLanes<T>;
-    finish_panel(p, task.b, {begin, std::min(begin + kLanes<T>, task.queries.end)}, states[0][k], result, log_sums);
+    for (int64_t s = 1; s < p.support_parts; ++s) merge(p, states[0][k], states[s][k]);
+    finish_panel(p, task.b, panel_range<T>(task, k), states[0][k], rows.get(), result, log_sums);
   }
 }
 
@@ -540,78 +545,84 @@ template <typename T> struct Gradients {
   T* scales;                    // [tasks]
 };
 
-// What the backward knows of a panel of queries before it sees a support.
+// What the backward knows of a panel of queries before it sees a support, and what it gathers.
 template <typename T> struct Incoming {
   T* log_sum;    // [classes][kLanes]: +inf where there is nothing, so that every weight is 0
   T* grad;       // [C][kLanes]
+  T* grad_rows;  // [kLanes][value_row]
+  T* query;      // the gradient of the packed queries: [D][kLanes]
   T* total;      // [kLanes]: matching_log_probs: sum of grad; cosine_attention: the product of grad and result
   T* log_total;  // [kLanes]: matching_log_probs: log-sum of all classes
-  T* grad_rows;  // cosine_attention: [kLanes][value_row]
-  T* query;      // the gradient: [D][kLanes]
-  T* radial;     // sum of ds v (q^ . k^), [kLanes]
+  T* radial;     // [kLanes]: sum of scale ds v (q^ . k^)
 };
 
 template <typename T> class IncomingPanels {
  public:
-  IncomingPanels(const Problem<T>& p, int64_t panels)
-      : p_(p), classes_(p.values ? 1 : p.columns),
-        each_((classes_ + p.columns + 3 + (p.values ? p.value_row : 0) + p.features) * kLanes<T>), data_(panels * each_) {}
+  IncomingPanels(const Problem<T>& p, const typename Problem<T>::Task& task)
+      : slots_(task.supports.size() <= p.block ? 1 : ceil_divide(task.queries.size(), kLanes<T>)),
+        sizes_{p.values ? 1 : p.value_row, p.value_row, p.value_row, p.row, 1, 1, 1} {
+    for (int64_t size : sizes_) each_ += size * kLanes<T>;
+    data_ = Buffer<T>(slots_ * each_);
+  }
   Incoming<T> operator[](int64_t i) const {
-    constexpr int L = kLanes<T>;
-    T* log_sum = data_.get() + i * each_;
-    T* grad = log_sum + classes_ * L;
-    T* total = grad + p_.columns * L;
-    T* grad_rows = total + 3 * L;
-    T* query = grad_rows + (p_.values ? p_.value_row : 0) * L;
-    return {log_sum, grad, total, total + L, grad_rows, query, total + 2 * L};
+    T* at[7] = {data_.get() + i % slots_ * each_};
+    for (int j = 1; j < 7; ++j) at[j] = at[j - 1] + sizes_[j - 1] * kLanes<T>;
+    return {at[0], at[1], at[2], at[3], at[4], at[5], at[6]};
   }
 
  private:
-  const Problem<T>& p_;
-  int64_t classes_, each_;
+  int64_t slots_, sizes_[7], each_ = 0;
   Buffer<T> data_;
 };
 
 template <typename T>
 FASTMETA_INLINE void load_incoming(const Problem<T>& p, int64_t b, Range queries, const View& grad, const View& result, const T* log_sums,
-                                   const Incoming<T>& in, T* row) {
+                                   const Incoming<T>& in) {
   constexpr int L = kLanes<T>;
   const T kInfinity = std::numeric_limits<T>::infinity();
-  const int64_t classes = p.values ? 1 : p.columns;
-  std::fill_n(in.log_sum, classes * L, kInfinity), std::fill_n(in.grad, p.columns * L, T(0));
-  std::fill_n(in.total, L, T(0)), std::fill_n(in.log_total, L, kInfinity), std::fill_n(in.radial, L, T(0));
-  std::fill_n(in.query, p.features * L, T(0));
-  if (p.values) std::fill_n(in.grad_rows, p.value_row * L, T(0));
-  for (int64_t q = queries.begin; q < queries.end; ++q) {
-    const int64_t l = q - queries.begin, at = b * p.queries + q;
-    read_row(grad, b, q, p.columns, p.value_row, row);
-    for (int64_t c = 0; c < p.columns; ++c) in.grad[c * L + l] = row[c];
-    for (int64_t c = 0; c < classes; ++c) {
-      const T log_sum = log_sums[at * classes + c];
-      in.log_sum[c * L + l] = log_sum == -kInfinity ? kInfinity : log_sum;
+  std::fill_n(in.query, p.row * L, T(0)), std::fill_n(in.radial, L, T(0)), std::fill_n(in.total, L, T(0));
+  std::fill_n(in.log_total, L, kInfinity);
+  const int64_t first = b * p.queries + queries.begin;
+  T* rows = in.grad_rows;
+  if (p.values) {
+    std::fill_n(in.log_sum, L, kInfinity);
+    for (int64_t l = 0; l < queries.size(); ++l) {
+      in.log_sum[l] = log_sums[first + l] == -kInfinity ? kInfinity : log_sums[first + l];
+      read_row(result, b, queries.begin + l, p.columns, p.value_row, rows + l * p.value_row);
     }
-    if (p.values) {
-      std::copy_n(row, p.columns, in.grad_rows + l * p.value_row);
-      read_row(result, b, q, p.columns, p.value_row, row);
-      for (int64_t c = 0; c < p.columns; ++c) in.total[l] += in.grad[c * L + l] * row[c];
-    }
+  } else {
+    for (int64_t l = 0; l < queries.size(); ++l) std::copy_n(log_sums + (first + l) * p.columns, p.columns, rows + l * p.value_row);
+    for (int64_t l = queries.size(); l < L; ++l) std::fill_n(rows + l * p.value_row, p.columns, -kInfinity);
+    transpose(L, p.value_row, rows, p.value_row, in.log_sum, L);
   }
+  T* result_columns = in.grad;  // in place: the result is needed in the sum with grad only
+  if (p.values) {
+    for (int64_t l = queries.size(); l < L; ++l) std::fill_n(rows + l * p.value_row, p.value_row, T(0));
+    transpose(L, p.value_row, rows, p.value_row, result_columns, L);
+  }
+  for (int64_t l = 0; l < L; ++l)
+    if (l < queries.size())
+      read_row(grad, b, queries.begin + l, p.columns, p.value_row, rows + l * p.value_row);
+    else
+      std::fill_n(rows + l * p.value_row, p.value_row, T(0));
+  if (p.values)
+    for (int64_t c = 0; c < p.columns; ++c)
+      for (int l = 0; l < L; ++l) in.total[l] += result_columns[c * L + l] * rows[l * p.value_row + c];
+  transpose(L, p.value_row, rows, p.value_row, in.grad, L);
   if (p.values) return;
   T peak[L], sum[L];
   std::fill_n(peak, L, -kInfinity), std::fill_n(sum, L, T(0));
   for (int64_t c = 0; c < p.columns; ++c)
-    for (int l = 0; l < L; ++l) {
-      const T s = in.log_sum[c * L + l] == kInfinity ? -kInfinity : in.log_sum[c * L + l];
-      peak[l] = s > peak[l] ? s : peak[l];
-    }
+    for (int l = 0; l < L; ++l) peak[l] = in.log_sum[c * L + l] > peak[l] ? in.log_sum[c * L + l] : peak[l];
   for (int64_t c = 0; c < p.columns; ++c)
     for (int l = 0; l < L; ++l) {
-      const bool present = in.log_sum[c * L + l] != kInfinity;  // a class without support gives no gradient
-      sum[l] += present ? exp_nonpositive(in.log_sum[c * L + l] - peak[l]) : T(0);
-      in.total[l] += present ? in.grad[c * L + l] : T(0);
+      T& log_sum = in.log_sum[c * L + l];
+      const bool absent = log_sum == -kInfinity;  // a class without support gives no gradient
+      sum[l] += absent ? T(0) : exp_nonpositive(log_sum - peak[l]);
+      in.total[l] += absent ? T(0) : in.grad[c * L + l];
+      log_sum = absent ? kInfinity : log_sum;
     }
-  for (int l = 0; l < L; ++l)
-    if (sum[l] != T(0)) in.log_total[l] = peak[l] + std::log(sum[l]);
+  for (int l = 0; l < L; ++l) in.log_total[l] = sum[l] == T(0) ? kInfinity : peak[l] + log_of_sum(sum[l]);
 }
 
 // The tiles of one (block, panel) in the backward, [block][kLanes] each.
@@ -627,7 +638,7 @@ FASTMETA_INLINE T flow_tile(const Problem<T>& p, T scale, const Block<T>& block,
                             const Tiles<T>& tiles, T* radial) {
   constexpr int L = kLanes<T>;
   T *dots = tiles.dots.get(), *flow = tiles.flow.get(), *weights = tiles.weights.get();
-  product<T, Left::kRows>(block.count, p.features, block.rows.get(), p.row, panel.columns, L, dots, L, false);
+  dot_tile(p, block, panel, dots);
   if (p.values)
     product<T, Left::kRows>(block.count, p.columns, block.values.get(), p.value_row, in.grad, L, flow, L, false);
   T scale_sums[L] = {};
@@ -667,44 +678,61 @@ FASTMETA_INLINE T flow_tile(const Problem<T>& p, T scale, const Block<T>& block,
   return sum;
 }
 
+// The gradient of the queries of a panel, when it has seen all supports of the task; `columns` of Incoming and Panel are used up.
+template <typename T>
+FASTMETA_INLINE void finish_query(const Problem<T>& p, Range queries, const Panel<T>& panel, const Incoming<T>& in, T* to) {
+  constexpr int L = kLanes<T>;
+  T back[L];
+  for (int l = 0; l < L; ++l) back[l] = in.radial[l] * panel.active[l];
+  for (int64_t d = 0; d < p.features; ++d)
+    for (int l = 0; l < L; ++l) in.query[d * L + l] = panel.inverse[l] * (in.query[d * L + l] - back[l] * panel.columns[d * L + l]);
+  transpose(p.row, L, in.query, L, panel.columns, p.row);
+  for (int64_t q = queries.begin; q < queries.end; ++q)
+    std::copy_n(panel.columns + (q - queries.begin) * p.row, p.features, to + q * p.features);
+}
+
 template <typename T>
 FASTMETA_INLINE void backward_task(const Problem<T>& p, int64_t i, const View& grad, const View& result, const T* log_sums,
                                    const Gradients<T>& out) {
   constexpr int L = kLanes<T>;
   const auto task = p.task(i);
   const T scale = p.scale_of(task.b);
-  const Queries<T> queries(p, task);
-  pack_queries(p, task, queries);
-  const IncomingPanels<T> incoming(p, queries.count());
-  const Buffer<T> row(std::max(p.value_row, p.row));
-  for (int64_t k = 0; k < queries.count(); ++k) {
-    const int64_t begin = task.queries.begin + k * L;
-    load_incoming(p, task.b, {begin, std::min(begin + L, task.queries.end)}, grad, result, log_sums, incoming[k], row.get());
-  }
   const bool needs_query = out.needs & kNeedsQuery, needs_support = out.needs & kNeedsSupport;
   const bool needs_values = p.values && out.needs & kNeedsValues;
+  const Queries<T> queries(p, task);
+  const IncomingPanels<T> incoming(p, task);
   Block<T> block(p);
   const Tiles<T> tiles(p);
   const Buffer<T> support(p.block * p.row), values(needs_values ? p.block * p.value_row : 0), radial(p.block);
+  T* of_query = needs_query ? out.query + (task.support_part * p.batch + task.b) * p.queries * p.features : nullptr;
   T* of_support = needs_support ? out.support + (task.query_part * p.batch + task.b) * p.supports * p.features : nullptr;
   T* of_values = needs_values ? out.values + (task.query_part * p.batch + task.b) * p.supports * p.columns : nullptr;
   T scale_sum = 0;
-  for (int64_t next = task.supports.begin, begin = next; next < task.supports.end; begin = next) {
+  int64_t next = task.supports.begin;
+  do {  // once even without supports: the gradients of the queries are then 0
+    const int64_t begin = next;
     next = pack_supports(p, task.b, next, task.supports.end, block);
     std::fill_n(support.get(), block.count * p.row, T(0)), std::fill_n(radial.get(), block.count, T(0));
     if (needs_values) std::fill_n(values.get(), block.count * p.value_row, T(0));
     for (int64_t k = 0; k < queries.count(); ++k) {
       const Panel<T> panel = queries[k];
       const Incoming<T> in = incoming[k];
+      const Range range = panel_range<T>(task, k);
+      if (begin == task.supports.begin) {
+        pack_panel(p, task.b, range, panel);
+        load_incoming(p, task.b, range, grad, result, log_sums, in);
+      }
       scale_sum += flow_tile(p, scale, block, panel, in, tiles, radial.get());
-      if (needs_query)
-        product<T, Left::kColumns>(p.features, block.count, block.rows.get(), p.row, tiles.flow.get(), L, in.query, L, true);
       if (needs_support)
         for (int64_t d = 0; d < p.features; d += L)
           product<T, Left::kRows>(block.count, L, tiles.flow.get(), L, panel.rows + d, p.row, support.get() + d, p.row, true);
       if (needs_values)
         for (int64_t c = 0; c < p.columns; c += L)
           product<T, Left::kRows>(block.count, L, tiles.weights.get(), L, in.grad_rows + c, p.value_row, values.get() + c, p.value_row, true);
+      if (needs_query) {
+        product<T, Left::kColumns>(p.features, block.count, block.rows.get(), p.row, tiles.flow.get(), L, in.query, L, true);
+        if (next >= task.supports.end) finish_query(p, range, panel, in, of_query);
+      }
     }
     if (p.mask.data) {  // padding in between has gradient 0
       if (needs_support) std::fill(of_support + begin * p.features, of_support + next * p.features, T(0));
@@ -718,21 +746,8 @@ FASTMETA_INLINE void backward_task(const Problem<T>& p, int64_t i, const View& g
         for (int64_t d = 0; d < p.features; ++d) of_support[s * p.features + d] = inverse * (gathered[d] - back * unit[d]);
       if (needs_values) std::copy_n(values.get() + j * p.value_row, p.columns, of_values + s * p.columns);
     }
-  }
+  } while (next < task.supports.end);
   out.scales[i] = p.scale * scale_sum;
-  if (!needs_query) return;
-  T* of_query = out.query + (task.support_part * p.batch + task.b) * p.queries * p.features;
-  for (int64_t k = 0; k < queries.count(); ++k) {
-    const Panel<T> panel = queries[k];
-    const Incoming<T> in = incoming[k];
-    const int64_t begin = task.queries.begin + k * L;
-    T back[L];
-    for (int l = 0; l < L; ++l) back[l] = in.radial[l] * panel.active[l];
-    for (int64_t d = 0; d < p.features; ++d)
-      for (int l = 0; l < L; ++l) in.query[d * L + l] = panel.inverse[l] * (in.query[d * L + l] - back[l] * panel.columns[d * L + l]);
-    for (int64_t q = begin; q < std::min(begin + L, task.queries.end); ++q)
-      for (int64_t d = 0; d < p.features; ++d) of_query[q * p.features + d] = in.query[d * L + q - begin];
-  }
 }
 
 // ---- one function for each type, compiled for each instruction set ----------------------------------------------------------------------------
@@ -756,6 +771,17 @@ FASTMETA_CLONES void run_backward(const Problem<double>& p, int64_t i, const Vie
 
 // ---- the operations ------------------------------------------------------------------------------------------------------------------
 
+// Without the dispatcher, which would be half of the time of a small call.
+Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size() - 1; i > 0; --i) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      int64_t(sizes.size()), sizes.data(), strides.data(), torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
 ScalarType accumulation_type(const Tensor& t) { return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
 
 void check_labels(const Tensor& labels, const std::optional<Tensor>& mask, int64_t num_classes) {
@@ -770,10 +796,10 @@ void check_labels(const Tensor& labels, const std::optional<Tensor>& mask, int64
 
 template <typename T> std::tuple<Tensor, Tensor> forward(Problem<T> p, const Tensor& query) {
   cut_forward(p);
-  Tensor result = torch::stable::new_empty(query, {p.batch, p.queries, p.columns});
+  Tensor result = empty({p.batch, p.queries, p.columns}, query.scalar_type());
   std::vector<int64_t> log_shape{p.batch, p.queries};
   if (!p.values) log_shape.push_back(p.columns);
-  Tensor log_sums = torch::stable::new_empty(query, log_shape, accumulation_type(query));
+  Tensor log_sums = empty(log_shape, accumulation_type(query));
   char* to = static_cast<char*>(result.mutable_data_ptr());
   T* log_to = static_cast<T*>(log_sums.mutable_data_ptr());
 
@@ -800,8 +826,8 @@ template <typename T> struct Target {
   T* at = nullptr;
   int64_t parts, size;
 
-  Target(const Tensor& like, const std::vector<int64_t>& shape, bool needed, int64_t parts)
-      : tensor(torch::stable::new_empty(like, needed ? shape : std::vector<int64_t>{0})), parts(parts), size(tensor.numel()) {
+  Target(ScalarType dtype, const std::vector<int64_t>& shape, bool needed, int64_t parts)
+      : tensor(empty(needed ? shape : std::vector<int64_t>{0}, dtype)), parts(parts), size(tensor.numel()) {
     if (parts == 1 && tensor.scalar_type() == accumulation_type(tensor)) {
       at = static_cast<T*>(tensor.mutable_data_ptr());
     } else {
@@ -816,20 +842,20 @@ template <typename T> struct Target {
     torch::stable::parallel_for(0, size, 16384, [&](int64_t begin, int64_t end) {
       for (int64_t part = 1; part < parts; ++part)
         for (int64_t i = begin; i < end; ++i) at[i] += at[part * size + i];
-      write_row(at + begin, 1, end - begin, true, tensor.scalar_type(), to, begin);
+      write_row(at + begin, end - begin, true, tensor.scalar_type(), to, begin);
     });
   }
 };
 
 template <typename T>
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Problem<T> p, const Tensor& grad, int64_t needs, const Tensor& query, const Tensor& support,
-                                                    const Tensor& third, const Tensor& result, const Tensor& log_sums) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Problem<T> p, const Tensor& grad, int64_t needs, const Tensor& query, const Tensor& result,
+                                                    const Tensor& log_sums) {
   cut_backward(p);
   const bool needs_values = p.values && needs & kNeedsValues;
-  Target<T> to_query(query, {p.batch, p.queries, p.features}, needs & kNeedsQuery, p.support_parts);
-  Target<T> to_support(support, {p.batch, p.supports, p.features}, needs & kNeedsSupport, p.query_parts);
-  Target<T> to_values(query, {p.batch, p.supports, p.columns}, needs_values, p.query_parts);
-  Tensor to_scales = torch::stable::new_empty(query, {p.batch}, accumulation_type(query));
+  Target<T> to_query(p.dtype, {p.batch, p.queries, p.features}, needs & kNeedsQuery, p.support_parts);
+  Target<T> to_support(p.dtype, {p.batch, p.supports, p.features}, needs & kNeedsSupport, p.query_parts);
+  Target<T> to_values(p.dtype, {p.batch, p.supports, p.columns}, needs_values, p.query_parts);
+  Tensor to_scales = empty({p.batch}, accumulation_type(query));
   const Buffer<T> scale_parts(p.tasks());
 
   const Gradients<T> out{needs, to_query.at, to_support.at, to_values.at, scale_parts.get()};
@@ -864,7 +890,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cosine_attention_backward(Tensor grad
   auto run = [&](auto zero) {
     using T = decltype(zero);
     return backward(make_problem<T>(query, support, values, mask, scales, scale, normalize, eps_mode, eps, values.size(2), true), grad, needs,
-                    query, support, values, result, torch::stable::contiguous(log_sums));
+                    query, result, log_sums.is_contiguous() ? log_sums : torch::stable::contiguous(log_sums));
   };
   return accumulation_type(query) == ScalarType::Double ? run(double{}) : run(float{});
 }
@@ -886,7 +912,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> matching_log_probs_backward(Tensor gr
   auto run = [&](auto zero) {
     using T = decltype(zero);
     return backward(make_problem<T>(query, support, labels, mask, scales, scale, normalize, eps_mode, eps, num_classes, false), grad, needs,
-                    query, support, labels, result, torch::stable::contiguous(log_sums));
+                    query, result, log_sums.is_contiguous() ? log_sums : torch::stable::contiguous(log_sums));
   };
   return accumulation_type(query) == ScalarType::Double ? run(double{}) : run(float{});
 }

@@ -25,13 +25,15 @@ template <typename T> inline constexpr int kLanes = 64 / sizeof(T);
 template <typename T> struct FloatFormat;
 template <> struct FloatFormat<float> {
   using Integer = int32_t;
-  static constexpr int kMantissa = 23, kBias = 127, kTerms = 7;  // Taylor on |r| <= ln 2 / 2: the next term is 5e-9
+  static constexpr int kMantissa = 23, kBias = 127;
+  static constexpr int kTerms = 7, kLogTerms = 9;  // Taylor of exp to r^7, of atanh to s^9: the next terms are 5e-9 and 7e-10
   static constexpr float kLowest = -87.3f;                       // exp() of less is subnormal
   static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // ln 2 in two parts: n * high is exact
 };
 template <> struct FloatFormat<double> {
   using Integer = int64_t;
-  static constexpr int kMantissa = 52, kBias = 1023, kTerms = 13;  // the next term is 4e-18
+  static constexpr int kMantissa = 52, kBias = 1023;
+  static constexpr int kTerms = 13, kLogTerms = 21;  // the next terms are 4e-18 and 2e-19
   static constexpr double kLowest = -708.3;
   static constexpr double kLn2High = 6.93145751953125e-1, kLn2Low = 1.42860682030941723212e-6;
 };
@@ -61,6 +63,26 @@ template <typename T> FASTMETA_INLINE T exp_nonpositive(T x) {
   T power;
   std::memcpy(&power, &bits, sizeof power);
   return x < Format::kLowest ? T(0) : p * power;
+}
+
+// log(x) for x >= 1, as sums of exponentials about their largest are: 2 atanh((m - 1) / (m + 1)) + e ln 2 with x = 2^e m. 0 gives -inf, NaN NaN.
+template <typename T> FASTMETA_INLINE T log_of_sum(T x) {
+  using Format = FloatFormat<T>;
+  using Integer = typename Format::Integer;
+  constexpr T kRootHalf = T(0.70710678118654752440);
+  Integer bits, root;
+  std::memcpy(&bits, &x, sizeof bits);
+  std::memcpy(&root, &kRootHalf, sizeof root);
+  const Integer e = (bits - root) >> Format::kMantissa;
+  bits -= Integer(uint64_t(e) << Format::kMantissa);
+  T m;
+  std::memcpy(&m, &bits, sizeof m);
+  const T s = (m - 1) / (m + 1), square = s * s;
+  T p = T(2) / T(Format::kLogTerms);
+#pragma GCC unroll 16
+  for (int i = Format::kLogTerms - 2; i > 0; i -= 2) p = p * square + T(2) / T(i);
+  const T result = T(e) * Format::kLn2High + (p * s + T(e) * Format::kLn2Low);
+  return x > 0 ? result : x == 0 ? -std::numeric_limits<T>::infinity() : x;
 }
 
 // The generic vectors of GCC and clang: only sums and products of them, which are cut to the width that the instruction set has.
@@ -109,6 +131,50 @@ FASTMETA_INLINE void product(int64_t rows, int64_t depth, const T* a, int64_t ld
     case 2: product_tile<T, kLeft, 2>(depth, a, lda, b, ldb, c, ldc, add); break;
     case 1: product_tile<T, kLeft, 1>(depth, a, lda, b, ldb, c, ldc, add); break;
   }
+}
+
+// Transposes a square of 32 bytes by 32 bytes: one vector of 32 bytes a row, log2 of its length rounds of exchanges.
+template <typename T> struct Square;
+template <> struct Square<float> {
+  typedef float Row __attribute__((vector_size(32)));
+  static constexpr int kSize = 8;
+  static FASTMETA_INLINE void transpose(Row* v) {
+    typedef int32_t Index __attribute__((vector_size(32)));
+    for (int i = 0; i < 4; ++i) exchange(v[i], v[i + 4], Index{0, 1, 2, 3, 8, 9, 10, 11}, Index{4, 5, 6, 7, 12, 13, 14, 15});
+    for (int i = 0; i < 8; i += 4)
+      for (int j = i; j < i + 2; ++j) exchange(v[j], v[j + 2], Index{0, 1, 8, 9, 4, 5, 12, 13}, Index{2, 3, 10, 11, 6, 7, 14, 15});
+    for (int i = 0; i < 8; i += 2) exchange(v[i], v[i + 1], Index{0, 8, 2, 10, 4, 12, 6, 14}, Index{1, 9, 3, 11, 5, 13, 7, 15});
+  }
+  template <typename Index> static FASTMETA_INLINE void exchange(Row& a, Row& b, Index first, Index second) {
+    const Row x = __builtin_shuffle(a, b, first), y = __builtin_shuffle(a, b, second);
+    a = x, b = y;
+  }
+};
+template <> struct Square<double> {
+  typedef double Row __attribute__((vector_size(32)));
+  static constexpr int kSize = 4;
+  static FASTMETA_INLINE void transpose(Row* v) {
+    typedef int64_t Index __attribute__((vector_size(32)));
+    for (int i = 0; i < 2; ++i) exchange(v[i], v[i + 2], Index{0, 1, 4, 5}, Index{2, 3, 6, 7});
+    for (int i = 0; i < 4; i += 2) exchange(v[i], v[i + 1], Index{0, 4, 2, 6}, Index{1, 5, 3, 7});
+  }
+  template <typename Index> static FASTMETA_INLINE void exchange(Row& a, Row& b, Index first, Index second) {
+    const Row x = __builtin_shuffle(a, b, first), y = __builtin_shuffle(a, b, second);
+    a = x, b = y;
+  }
+};
+
+// to[j][i] = from[i][j] for i < rows and j < columns, both multiples of kLanes.
+template <typename T> FASTMETA_INLINE void transpose(int64_t rows, int64_t columns, const T* from, int64_t from_ld, T* to, int64_t to_ld) {
+  using Row = typename Square<T>::Row;
+  constexpr int kSize = Square<T>::kSize;
+  for (int64_t i = 0; i < rows; i += kSize)
+    for (int64_t j = 0; j < columns; j += kSize) {
+      Row v[kSize];
+      for (int r = 0; r < kSize; ++r) std::memcpy(&v[r], from + (i + r) * from_ld + j, sizeof(Row));
+      Square<T>::transpose(v);
+      for (int r = 0; r < kSize; ++r) std::memcpy(to + (j + r) * to_ld + i, &v[r], sizeof(Row));
+    }
 }
 
 }  // namespace fastmeta
