@@ -33,6 +33,9 @@
 
 #include "cpu/simd.h"
 
+// A loop over the lanes of arrays that do not overlap: vector code without a check of that at run time.
+#define FASTMETA_EACH_LANE _Pragma("omp simd") for (int l = 0; l < kLanes<T>; ++l)
+
 namespace fastmeta {
 namespace {
 
@@ -345,7 +348,9 @@ template <typename T> FASTMETA_INLINE int64_t pack_supports(const Problem<T>& p,
 
 // u of one support and the queries of a panel: the cosine over the product of the packed rows, for `add` and `sqrt`.
 template <typename T> FASTMETA_INLINE T cosine_factor(int64_t eps_mode, T eps, T norms, T inverses) {
-  return T(1) / (eps_mode == kAdd ? norms + eps * inverses : std::sqrt(norms * norms + eps * inverses * inverses));
+  constexpr T kLeast = std::numeric_limits<T>::min();
+  const T g = eps_mode == kAdd ? norms + eps * inverses : std::sqrt(norms * norms + eps * inverses * inverses);
+  return T(1) / (g > kLeast ? g : kLeast);
 }
 
 // tile[j][l] = k^_j . q^_l, in pieces of D of which a panel stays in the first cache.
@@ -364,9 +369,9 @@ FASTMETA_INLINE void score_tile(const Problem<T>& p, T scale, const Block<T>& bl
   for (int64_t j = 0; j < block.count; ++j) {
     T* s = tile + j * L;
     if (p.separable())
-      for (int l = 0; l < L; ++l) s[l] *= scale;
+      FASTMETA_EACH_LANE s[l] *= scale;
     else
-      for (int l = 0; l < L; ++l)
+      FASTMETA_EACH_LANE
         s[l] *= scale * cosine_factor(p.eps_mode, p.eps, block.norm.get()[j] * panel.norm[l], block.inverse.get()[j] * panel.inverse[l]);
   }
 }
@@ -414,26 +419,26 @@ FASTMETA_INLINE void add_tile(const Problem<T>& p, const Block<T>& block, const 
   for (int64_t j = 0; j < block.count; ++j) {
     T* peak = state.peak + (labels ? labels[j] : 0) * L;
     const T* s = tile + j * L;
-    for (int l = 0; l < L; ++l) peak[l] = s[l] > peak[l] ? s[l] : peak[l];
+    FASTMETA_EACH_LANE peak[l] = s[l] > peak[l] ? s[l] : peak[l];
   }
   if (!first) {
     for (size_t t = 0; t < touched.size(); ++t) {
       T* sum = state.sum + touched[t] * L;
       const T* peak = state.peak + touched[t] * L;
       T* factor = before + t * L;
-      for (int l = 0; l < L; ++l) factor[l] = shrink(factor[l], peak[l]);
-      for (int l = 0; l < L; ++l) sum[l] *= factor[l];
+      FASTMETA_EACH_LANE factor[l] = shrink(factor[l], peak[l]);
+      FASTMETA_EACH_LANE sum[l] *= factor[l];
     }
     if (p.values)
       for (int64_t c = 0; c < p.columns; ++c)
-        for (int l = 0; l < L; ++l) state.values[c * L + l] *= before[l];
+        FASTMETA_EACH_LANE state.values[c * L + l] *= before[l];
   }
   for (int64_t j = 0; j < block.count; ++j) {
     const int64_t c = labels ? labels[j] : 0;
     T *s = tile + j * L, *sum = state.sum + c * L;
     const T* peak = state.peak + c * L;
-    for (int l = 0; l < L; ++l) s[l] = exp_nonpositive(s[l] - peak[l]);
-    for (int l = 0; l < L; ++l) sum[l] += s[l];
+    FASTMETA_EACH_LANE s[l] = exp_nonpositive(s[l] - peak[l]);
+    FASTMETA_EACH_LANE sum[l] += s[l];
   }
   if (p.values)
     product<T, Left::kColumns>(p.columns, block.count, block.values.get(), p.value_row, tile, L, state.values, L, true);
@@ -474,7 +479,7 @@ template <typename T> FASTMETA_INLINE void merge(const Problem<T>& p, const Stat
   T ours[L], theirs[L];
   for (int64_t c = 0; c < p.classes(); ++c) {
     T *peak = into.peak + c * L, *sum = into.sum + c * L;
-    for (int l = 0; l < L; ++l) {
+    FASTMETA_EACH_LANE {
       const T other = from.peak[c * L + l], now = other > peak[l] ? other : peak[l];
       ours[l] = shrink(peak[l], now), theirs[l] = shrink(other, now);
       peak[l] = now;
@@ -483,7 +488,7 @@ template <typename T> FASTMETA_INLINE void merge(const Problem<T>& p, const Stat
   }
   if (p.values)
     for (int64_t c = 0; c < p.columns; ++c)
-      for (int l = 0; l < L; ++l) into.values[c * L + l] = into.values[c * L + l] * ours[l] + from.values[c * L + l] * theirs[l];
+      FASTMETA_EACH_LANE into.values[c * L + l] = into.values[c * L + l] * ours[l] + from.values[c * L + l] * theirs[l];
 }
 
 // The result of a panel from its state, in place of it; and its log-sums: of each query, or of each class of each query. `rows` is
@@ -494,22 +499,22 @@ FASTMETA_INLINE void finish_panel(const Problem<T>& p, int64_t b, Range queries,
   T *values = state.values, *peak = state.peak;
   if (p.values) {
     T inverse[L];
-    for (int l = 0; l < L; ++l) inverse[l] = state.sum[l] == T(0) ? T(0) : T(1) / state.sum[l];  // no support: 0
+    FASTMETA_EACH_LANE inverse[l] = state.sum[l] == T(0) ? T(0) : T(1) / state.sum[l];  // no support: 0
     for (int64_t c = 0; c < p.columns; ++c)
-      for (int l = 0; l < L; ++l) values[c * L + l] *= inverse[l];
-    for (int l = 0; l < L; ++l) peak[l] += log_of_sum(state.sum[l]);
+      FASTMETA_EACH_LANE values[c * L + l] *= inverse[l];
+    FASTMETA_EACH_LANE peak[l] += log_of_sum(state.sum[l]);
     std::copy_n(peak, queries.size(), log_sums + b * p.queries + queries.begin);
   } else {
     T top[L], total[L];
     std::fill_n(top, L, -std::numeric_limits<T>::infinity()), std::fill_n(total, L, T(0));
     for (int64_t c = 0; c < p.columns; ++c)
-      for (int l = 0; l < L; ++l) top[l] = peak[c * L + l] > top[l] ? peak[c * L + l] : top[l];
+      FASTMETA_EACH_LANE top[l] = peak[c * L + l] > top[l] ? peak[c * L + l] : top[l];
     for (int64_t c = 0; c < p.columns; ++c)
-      for (int l = 0; l < L; ++l) total[l] += state.sum[c * L + l] * shrink(peak[c * L + l], top[l]);
-    for (int l = 0; l < L; ++l) total[l] = log_of_sum(total[l]);
+      FASTMETA_EACH_LANE total[l] += state.sum[c * L + l] * shrink(peak[c * L + l], top[l]);
+    FASTMETA_EACH_LANE total[l] = log_of_sum(total[l]);
     values = state.sum;
     for (int64_t c = 0; c < p.columns; ++c)
-      for (int l = 0; l < L; ++l) {
+      FASTMETA_EACH_LANE {
         // Relative to the largest score, so that large scores do not round the small differences away.
         const T log_sum = log_of_sum(state.sum[c * L + l]);
         const bool absent = log_sum == -std::numeric_limits<T>::infinity();
@@ -607,22 +612,22 @@ FASTMETA_INLINE void load_incoming(const Problem<T>& p, int64_t b, Range queries
       std::fill_n(rows + l * p.value_row, p.value_row, T(0));
   if (p.values)
     for (int64_t c = 0; c < p.columns; ++c)
-      for (int l = 0; l < L; ++l) in.total[l] += result_columns[c * L + l] * rows[l * p.value_row + c];
+      FASTMETA_EACH_LANE in.total[l] += result_columns[c * L + l] * rows[l * p.value_row + c];
   transpose(L, p.value_row, rows, p.value_row, in.grad, L);
   if (p.values) return;
   T peak[L], sum[L];
   std::fill_n(peak, L, -kInfinity), std::fill_n(sum, L, T(0));
   for (int64_t c = 0; c < p.columns; ++c)
-    for (int l = 0; l < L; ++l) peak[l] = in.log_sum[c * L + l] > peak[l] ? in.log_sum[c * L + l] : peak[l];
+    FASTMETA_EACH_LANE peak[l] = in.log_sum[c * L + l] > peak[l] ? in.log_sum[c * L + l] : peak[l];
   for (int64_t c = 0; c < p.columns; ++c)
-    for (int l = 0; l < L; ++l) {
+    FASTMETA_EACH_LANE {
       T& log_sum = in.log_sum[c * L + l];
       const bool absent = log_sum == -kInfinity;  // a class without support gives no gradient
       sum[l] += absent ? T(0) : exp_nonpositive(log_sum - peak[l]);
       in.total[l] += absent ? T(0) : in.grad[c * L + l];
       log_sum = absent ? kInfinity : log_sum;
     }
-  for (int l = 0; l < L; ++l) in.log_total[l] = sum[l] == T(0) ? kInfinity : peak[l] + log_of_sum(sum[l]);
+  FASTMETA_EACH_LANE in.log_total[l] = sum[l] == T(0) ? kInfinity : peak[l] + log_of_sum(sum[l]);
 }
 
 // The tiles of one (block, panel) in the backward, [block][kLanes] each.
@@ -644,26 +649,26 @@ FASTMETA_INLINE T flow_tile(const Problem<T>& p, T scale, const Block<T>& block,
   T scale_sums[L] = {};
   for (int64_t j = 0; j < block.count; ++j) {
     T u[L], v[L], ds[L], along[L];
-    for (int l = 0; l < L; ++l) u[l] = v[l] = T(1);
+    FASTMETA_EACH_LANE u[l] = v[l] = T(1);
     if (!p.separable()) {
-      for (int l = 0; l < L; ++l)
+      FASTMETA_EACH_LANE
         u[l] = cosine_factor(p.eps_mode, p.eps, block.norm.get()[j] * panel.norm[l], block.inverse.get()[j] * panel.inverse[l]);
-      for (int l = 0; l < L; ++l) v[l] = p.eps_mode == kAdd ? u[l] * u[l] : u[l] * u[l] * u[l];
+      FASTMETA_EACH_LANE v[l] = p.eps_mode == kAdd ? u[l] * u[l] : u[l] * u[l] * u[l];
     }
     const T* dot = dots + j * L;
     T* out = flow + j * L;
     if (p.values) {
       T* weight = weights + j * L;
-      for (int l = 0; l < L; ++l) weight[l] = exp_nonpositive(scale * u[l] * dot[l] - in.log_sum[l]);
-      for (int l = 0; l < L; ++l) ds[l] = weight[l] * (out[l] - in.total[l]);
+      FASTMETA_EACH_LANE weight[l] = exp_nonpositive(scale * u[l] * dot[l] - in.log_sum[l]);
+      FASTMETA_EACH_LANE ds[l] = weight[l] * (out[l] - in.total[l]);
     } else {
       const T *log_sum = in.log_sum + block.labels.get()[j] * L, *grad = in.grad + block.labels.get()[j] * L;
-      for (int l = 0; l < L; ++l) {
+      FASTMETA_EACH_LANE {
         const T s = scale * u[l] * dot[l];
         ds[l] = exp_nonpositive(s - log_sum[l]) * grad[l] - exp_nonpositive(s - in.log_total[l]) * in.total[l];
       }
     }
-    for (int l = 0; l < L; ++l) {
+    FASTMETA_EACH_LANE {
       scale_sums[l] += ds[l] * u[l] * dot[l];
       along[l] = scale * ds[l] * v[l] * dot[l];
       in.radial[l] += along[l];
@@ -674,7 +679,7 @@ FASTMETA_INLINE T flow_tile(const Problem<T>& p, T scale, const Block<T>& block,
     radial[j] += along[0];
   }
   T sum = 0;
-  for (int l = 0; l < L; ++l) sum += scale_sums[l];
+  for (const T x : scale_sums) sum += x;
   return sum;
 }
 
@@ -683,9 +688,9 @@ template <typename T>
 FASTMETA_INLINE void finish_query(const Problem<T>& p, Range queries, const Panel<T>& panel, const Incoming<T>& in, T* to) {
   constexpr int L = kLanes<T>;
   T back[L];
-  for (int l = 0; l < L; ++l) back[l] = in.radial[l] * panel.active[l];
+  FASTMETA_EACH_LANE back[l] = in.radial[l] * panel.active[l];
   for (int64_t d = 0; d < p.features; ++d)
-    for (int l = 0; l < L; ++l) in.query[d * L + l] = panel.inverse[l] * (in.query[d * L + l] - back[l] * panel.columns[d * L + l]);
+    FASTMETA_EACH_LANE in.query[d * L + l] = panel.inverse[l] * (in.query[d * L + l] - back[l] * panel.columns[d * L + l]);
   transpose(p.row, L, in.query, L, panel.columns, p.row);
   for (int64_t q = queries.begin; q < queries.end; ++q)
     std::copy_n(panel.columns + (q - queries.begin) * p.row, p.features, to + q * p.features);

@@ -1,5 +1,6 @@
 """Cosine attention over a support set: Matching Networks (Vinyals et al., 2016), section 2.1."""
 
+import contextlib
 import math
 
 import torch
@@ -73,7 +74,8 @@ def _attend(name, query, support, third, num_classes, scale, normalize, eps, eps
     scales = None
     if isinstance(scale, Tensor):
         scale, scales = 1.0, scale
-    if torch.is_autocast_enabled(query.device.type if isinstance(query, Tensor) else "cpu"):
+    autocast = isinstance(query, Tensor) and not query.is_meta and torch.is_autocast_enabled(query.device.type)
+    if autocast:
         query, support, third, scales = (t.float() if isinstance(t, Tensor) and t.dtype in (torch.float16, torch.bfloat16) else t
                                          for t in (query, support, third, scales))
     _check(name, query, support, third, num_classes, scale, scales, normalize, eps, eps_mode, support_mask)
@@ -82,8 +84,9 @@ def _attend(name, query, support, third, num_classes, scale, normalize, eps, eps
     if _backend.select(backend, query.device.type, name) == "reference":
         if num_classes is not None:
             _check_labels_in_range(third, num_classes, support_mask)
-        return getattr(reference, name)(query, support, third, *rest, scale=scale if scales is None else scales, normalize=normalize,
-                                        eps=eps, eps_mode=eps_mode, support_mask=support_mask)
+        with torch.autocast(query.device.type, enabled=False) if autocast else contextlib.nullcontext():
+            return getattr(reference, name)(query, support, third, *rest, scale=scale if scales is None else scales, normalize=normalize,
+                                            eps=eps, eps_mode=eps_mode, support_mask=support_mask)
 
     if num_classes is not None and third.dtype != torch.int64:
         third = third.long()

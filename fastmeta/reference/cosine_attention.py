@@ -7,8 +7,8 @@ Matching Networks (Vinyals et al., 2016), section 2.1::
     y_i  = sum_j a_ij v_j                                          cosine_attention
     log p(c | q_i) = LSE_{j: y_j = c} s_ij - LSE_j s_ij            matching_log_probs
 
-These functions are what the kernels are tested against: they are written to be read, work in any floating dtype and are
-differentiable to any order. Wrong input is reported by :mod:`fastmeta.functional`, which calls them for ``backend="reference"``.
+These functions are what the kernels are tested against: they are written to be read, work in any floating dtype (in float32 at
+least) and are differentiable to any order. Wrong input is reported by :mod:`fastmeta.functional`, which calls them for ``backend="reference"``.
 """
 
 import torch
@@ -25,6 +25,17 @@ def safe_norm(x: Tensor) -> Tensor:
     return torch.where(nonzero, torch.where(nonzero, squares, 1.0).sqrt(), 0.0)
 
 
+def _at_least_float32(*tensors: Tensor) -> list[Tensor]:
+    return [t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+
+
+def _divide_by_largest(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows whose largest element is 1, and their divisors ``[*, 1]``, constants to autograd; a row of zeros is divided by 1."""
+    size = x.detach().abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros(*x.shape[:-1], 1)
+    size = torch.where(size > 0, size, 1.0)
+    return x / size, size
+
+
 def cosine_scores(query: Tensor, support: Tensor, *, scale=1.0, normalize: str = "both", eps: float = 1e-8,
                   eps_mode: str = "clamp", support_mask: Tensor | None = None) -> Tensor:
     """``s_ij``: ``[*, Q, D], [*, S, D] -> [*, Q, S]``; -inf where the support is padding.
@@ -33,18 +44,24 @@ def cosine_scores(query: Tensor, support: Tensor, *, scale=1.0, normalize: str =
     ``max(a, eps) * max(b, eps)`` (clamp), ``a * b + eps`` (add) or ``sqrt(a^2 b^2 + eps)`` (sqrt).
     ``scale`` is a number, or a tensor that broadcasts with the batch dimensions ``[*]``.
     """
-    support = clear_masked(support, support_mask)
-    scores = query @ support.mT
-    if normalize != "none":
-        b = safe_norm(support).unsqueeze(-2)
-        a = safe_norm(query).unsqueeze(-1) if normalize == "both" else torch.ones_like(b[..., :1])
+    query, support = _at_least_float32(query, clear_masked(support, support_mask))
+    if normalize == "none":
+        scores = query @ support.mT
+    else:
+        # With q = s q' and k = t k' the factors s and t cancel but for eps: squares and products of large numbers stay in range.
+        support, t = _divide_by_largest(support)
+        b, t = safe_norm(support).unsqueeze(-2), t.mT
+        a = s = torch.ones_like(b[..., :1])
+        if normalize == "both":
+            query, s = _divide_by_largest(query)
+            a = safe_norm(query).unsqueeze(-1)
         if eps_mode == "clamp":
-            g = (a.clamp_min(eps) if normalize == "both" else a) * b.clamp_min(eps)
+            g = (torch.maximum(a, eps / s) if normalize == "both" else a) * torch.maximum(b, eps / t)
         elif eps_mode == "add":
-            g = a * b + eps
+            g = a * b + eps / s / t
         else:
-            g = (a * a * b * b + eps).sqrt()
-        scores = scores / g
+            g = torch.hypot(a * b, eps**0.5 / s / t)
+        scores = (query @ support.mT) / g.clamp_min(torch.finfo(g.dtype).tiny)
     scores = scores * (scale[..., None, None] if isinstance(scale, Tensor) else scale)
     return scores if support_mask is None else scores.masked_fill(~support_mask.unsqueeze(-2), -torch.inf)
 
@@ -60,7 +77,7 @@ def cosine_attention(query: Tensor, support: Tensor, values: Tensor, *, support_
     if support_mask is not None:
         # All padding: a softmax over nothing would be NaN. With equal scores it reads the values, which are then all 0.
         scores = torch.where(support_mask.any(-1)[..., None, None], scores, 0.0)
-    return scores.softmax(-1) @ clear_masked(values, support_mask)
+    return (scores.softmax(-1) @ clear_masked(values, support_mask).to(scores.dtype)).to(query.dtype)
 
 
 def matching_log_probs(query: Tensor, support: Tensor, labels: Tensor, num_classes: int, *, support_mask: Tensor | None = None,
@@ -87,7 +104,7 @@ def matching_log_probs(query: Tensor, support: Tensor, labels: Tensor, num_class
 
     some = present.any(-1, keepdim=True)
     total = torch.where(some, log_sums, 0.0).logsumexp(-1, keepdim=True)
-    return torch.where(present, log_sums - total, -torch.inf)
+    return torch.where(present, log_sums - total, -torch.inf).to(query.dtype)
 
 
 class CosineAttention(nn.Module):

@@ -4,6 +4,8 @@
 read beside the equations. A padded support row (``support_mask`` False) takes no part anywhere; it may stand at any position.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -23,10 +25,10 @@ class SupportEncoder(nn.Module):
     def forward(self, support: Tensor, support_mask: Tensor | None = None) -> Tensor:
         if support_mask is None:
             support_mask = support.new_ones(support.shape[:-1], dtype=torch.bool)
-        support_mask = support_mask.expand(support.shape[:-1])
-        rows = support.flatten(0, -3) if support.dim() > 3 else support.reshape(-1, *support.shape[-2:])
+        episodes = math.prod(support.shape[:-2])
+        rows = support.reshape(episodes, *support.shape[-2:])
         encoded = []
-        for episode, mask in zip(rows, support_mask.reshape(-1, support_mask.shape[-1])):
+        for episode, mask in zip(rows, support_mask.expand(support.shape[:-1]).reshape(rows.shape[:-1])):
             out = episode
             if mask.any():
                 forward, backward = self.lstm(episode[mask].unsqueeze(0))[0].squeeze(0).chunk(2, -1)
@@ -58,9 +60,10 @@ class QueryEncoder(nn.Module):
         if support_mask is None:
             support_mask = support.new_ones(support.shape[:-1], dtype=torch.bool)
         support_mask = support_mask.expand(support.shape[:-1])
-        encoded = [self._encode(q, s[m]) for q, s, m in zip(query.reshape(-1, *query.shape[-2:]),
-                                                           support.reshape(-1, *support.shape[-2:]),
-                                                           support_mask.reshape(-1, support_mask.shape[-1]))]
+        episodes = math.prod(batch)
+        encoded = [self._encode(q, s[m]) for q, s, m in zip(query.reshape(episodes, *query.shape[-2:]),
+                                                           support.reshape(episodes, *support.shape[-2:]),
+                                                           support_mask.reshape(episodes, *support_mask.shape[-1:]))]
         return torch.stack(encoded).view_as(query) if encoded else query
 
     def _encode(self, query: Tensor, support: Tensor) -> Tensor:

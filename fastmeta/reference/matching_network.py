@@ -47,7 +47,8 @@ class MatchingNetwork(nn.Module):
         features, query_features = self.embedding(torch.cat([rows, queries])).split([len(rows), len(queries)])
         if support_mask is not None:
             features = features.new_zeros(len(real), features.shape[-1]).masked_scatter(real.unsqueeze(-1), features)
-        return (features.view(*support.shape[:batch_dims + 1], -1), query_features.view(*query.shape[:batch_dims + 1], -1))
+        dim = features.shape[-1]
+        return features.view(*support.shape[:batch_dims + 1], dim), query_features.view(*query.shape[:batch_dims + 1], dim)
 
     def features(self, support: Tensor, query: Tensor, batch_dims: int, support_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Embedded, and with ``fce`` contextual, features: ``[*, S, D], [*, Q, D]``; ``batch_dims`` is the number of ``*``."""

@@ -1,0 +1,11 @@
+"""The fast layers: constructor, forward and state_dict of the reference layer of the same name, computed by :mod:`fastmeta.functional`.
+
+``Conv4`` is the reference layer itself: its convolutions are already the fast ones of oneDNN and cuDNN.
+"""
+
+from ..reference.conv4 import Conv4
+from .cosine_attention import CosineAttention
+from .full_context import QueryEncoder, SupportEncoder
+from .matching_network import MatchingNetwork
+
+__all__ = ["Conv4", "CosineAttention", "MatchingNetwork", "QueryEncoder", "SupportEncoder"]

@@ -1,0 +1,134 @@
+"""``fastmeta demo``: a Matching Network from nothing to a picture, in under three minutes on two cores."""
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import _backend, data, functional, reference
+from ..data import Episodes
+from .evaluation import Accuracy, evaluate, evaluate_pixels
+from .matching import MatchingConfig, load_model, train
+
+CONFIG = MatchingConfig(way=20, shot=1, queries=4, steps=400, validation_classes=100, eval_every=40)
+TESTS = ((5, 1000), (20, 400))  # way, episodes
+SEED = 1  # of the test episodes and of the pictured one: the first that it gives, not the best
+
+
+def demo(picture: Path) -> int:
+    """Train on the glyphs, test on unseen ones, time the layers, write ``picture``; returns 0, or 128 + the signal that stopped it."""
+    started = time.perf_counter()
+    if picture.suffix not in (".png", ".pdf", ".svg"):  # now, not after the training
+        raise ValueError(f"{picture}: a picture ends in .png, .pdf or .svg")
+    print("glyphs: letters of many scripts in matplotlib's fonts (drawn once, then cached)", flush=True)
+    split = data.load("glyphs", validation_classes=CONFIG.validation_classes)
+    print(f"{len(split.train.names)} characters to train on, {len(split.validation.names)} to watch, {len(split.test.names)} for the test, "
+          f"20 images of each; {CONFIG.way}-way {CONFIG.shot}-shot episodes", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        stopped = train(CONFIG, split, Path(folder))
+        if stopped:
+            return 128 + stopped
+        model, _ = load_model(Path(folder))
+        log = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+    print(f"\nunseen characters                 {'matching network':<34}nearest in pixels")
+    results = {}
+    for way, episodes in TESTS:
+        task = dict(way=way, shot=1, queries=15, episodes=episodes, seed=SEED)
+        results[way] = evaluate(model, split.test, **task), evaluate_pixels(split.test, **task)
+        print(f"{way:>2}-way 1-shot                      {str(results[way][0]):<34}{results[way][1]}", flush=True)
+
+    print(f"\nthe matching head, forward and backward, {torch.get_num_threads()} threads     reference      fast")
+    if _backend.missing:
+        print(f"(the compiled kernels are missing, so fast is the reference too: {_backend.missing})")
+    for episodes in (1, 32):
+        slow, quick = _race(episodes)
+        shape = f"{episodes}x {CONFIG.way}-way, {CONFIG.way * CONFIG.queries} queries, {CONFIG.channels} features"
+        print(f"{shape:<58}{1e3 * slow:8.3f} ms{1e3 * quick:8.3f} ms   {slow / quick:.1f}x", flush=True)
+
+    _draw(picture, model, split, log, results)
+    print(f"\n{picture} written; {time.perf_counter() - started:.0f} s in all")
+    return 0
+
+
+def _race(episodes: int, rounds: int = 60) -> tuple[float, float]:
+    """Median seconds of the reference and of the fast head on the demo's episodes, in turns so that both see the same machine."""
+    generator = torch.Generator().manual_seed(0)
+    way, shape = CONFIG.way, (CONFIG.way * CONFIG.queries, CONFIG.channels)
+    query = torch.rand(episodes, *shape, generator=generator).requires_grad_()
+    support = torch.rand(episodes, way, shape[1], generator=generator).requires_grad_()
+    labels = torch.arange(way).expand(episodes, way)
+
+    def seconds(head: Callable[..., Tensor]) -> float:
+        start = time.perf_counter()
+        torch.autograd.grad(head(query, support, labels, way, scale=CONFIG.scale).sum(), (query, support))
+        return time.perf_counter() - start
+
+    pairs = [(seconds(reference.matching_log_probs), seconds(functional.matching_log_probs)) for _ in range(10 + rounds)]
+    slow, quick = zip(*pairs[10:])
+    return statistics.median(slow), statistics.median(quick)
+
+
+@torch.no_grad()
+def _attention(model, episode) -> Tensor:
+    """``[Q, S]``, what each query gives to each support: the attention's output when the value of a support is its own unit vector."""
+    support, query = model.features(episode.support, episode.query, 0)
+    return functional.cosine_attention(query, support, torch.eye(len(support)), **model.attention.options())
+
+
+def _draw(picture: Path, model, split: data.Split, log: list[dict], results: dict[int, tuple[Accuracy, Accuracy]]) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    way, shot = 5, 2
+    episode = Episodes(split.test.images, split.test.labels, way=way, shot=shot, queries=1, seed=SEED)[0]
+    attention = _attention(model, episode)
+    order = episode.support_labels.argsort(stable=True)
+    supports, attention = episode.support[order], attention[:, order]
+
+    figure = Figure(figsize=(12.5, 5.2), dpi=140, layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subfigures(1, 2, width_ratios=(1.5, 1))
+
+    left.suptitle("Five unseen characters, two examples of each: where a query looks", fontsize=11)
+    grid = left.subplots(way + 1, way * shot + 1, gridspec_kw={"wspace": .02, "hspace": .02})
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+    for column, image in enumerate(supports, 1):
+        grid[0, column].imshow(1 - image[0].numpy(), cmap="gray", vmin=0, vmax=1)
+    for row, (image, weights, label) in enumerate(zip(episode.query, attention, episode.query_labels), 1):
+        grid[row, 0].imshow(1 - image[0].numpy(), cmap="gray", vmin=0, vmax=1)
+        for column, weight in enumerate(weights.tolist(), 1):
+            axes = grid[row, column]
+            axes.imshow([[weight]], cmap="Blues", vmin=0, vmax=1)
+            axes.text(0, 0, f"{weight:.2f}", ha="center", va="center", fontsize=9, color="white" if weight > .5 else "0.25")
+            if (column - 1) // shot == label:
+                axes.add_patch(Rectangle((0, 0), 1, 1, transform=axes.transAxes, fill=False, edgecolor="#D55E00", linewidth=2.5))
+    grid[0, 0].text(.5, .5, "support →\nquery ↓", ha="center", va="center", fontsize=8, transform=grid[0, 0].transAxes)
+    left.supxlabel("number: attention weight (a row sums to 1); orange: the query's own class", fontsize=9)
+
+    axes = right.subplots()
+    lines = [line for line in log if "loss" in line]
+    # Means over twenty lines of the log: one episode of 80 queries is too coarse for a curve.
+    groups = [lines[i:i + 20] for i in range(0, len(lines), 20)]
+    axes.plot([group[-1]["step"] for group in groups], [100 * statistics.mean(line["accuracy"] for line in group) for group in groups],
+              color="0.6", label="training episodes")
+    pixels = evaluate_pixels(split.validation, way=CONFIG.way, shot=CONFIG.shot, queries=CONFIG.queries, episodes=200, seed=SEED)
+    held_out = [(line["step"], 100 * line["validation"]) for line in log if "validation" in line]
+    axes.plot(*zip(*held_out), "o-", color="#0072B2", label="held-out characters")
+    axes.axhline(100 * pixels.mean, color="#D55E00", linestyle="--", label="held-out, nearest in pixels")
+    axes.set(title=f"Learning curve, {CONFIG.way}-way {CONFIG.shot}-shot", xlabel="training episodes", ylabel="accuracy (%)",
+             ylim=(0, 100), xlim=(0, CONFIG.steps))
+    axes.grid(alpha=.3)
+    axes.legend(loc="lower right", title="\n".join(
+        f"test, {way}-way: {100 * ours.mean:.1f} ± {100 * ours.interval:.1f}%, pixels {100 * theirs.mean:.1f}%"
+        for way, (ours, theirs) in results.items()))
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture)

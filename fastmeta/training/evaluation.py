@@ -1,0 +1,64 @@
+"""Accuracy on episodes of classes never seen, with its interval, and the baseline to beat."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..data import Episodes, LabelledImages
+
+CHUNK = 500  # images that go through the embedding at once
+BATCH = 16  # episodes that go through the head at once
+
+
+class Accuracy(NamedTuple):
+    """Mean over episodes of the share of queries that are right, with half the width of its 95% interval, ``1.96 s / sqrt(n)``."""
+
+    mean: float
+    interval: float
+    episodes: int
+
+    def __str__(self) -> str:
+        return f"{100 * self.mean:.2f}% ± {100 * self.interval:.2f}% ({self.episodes} episodes)"
+
+
+def _accuracy(correct: Tensor) -> Accuracy:
+    """From bool ``[episodes, Q]``."""
+    each = correct.double().mean(1)
+    spread = each.std().item() if len(each) > 1 else math.nan
+    return Accuracy(each.mean().item(), 1.96 * spread / math.sqrt(len(each)), len(each))
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: LabelledImages, *, way: int, shot: int, queries: int, episodes: int, seed: int = 0) -> Accuracy:
+    """Accuracy of a :class:`fastmeta.nn.MatchingNetwork` on ``episodes`` episodes of ``data``; nothing is adapted to them.
+
+    Batch normalisation uses the statistics of training, so an image's features do not depend on its episode: each image is embedded
+    once, and the episodes are drawn from the features. (Statistics of the test episode itself would be transductive.)
+    """
+    embedding, training = model.embedding, model.training
+    model.eval()
+    try:
+        features = torch.cat([embedding(chunk.float() / 255) for chunk in data.images.split(CHUNK)])
+        model.embedding = nn.Identity()
+        drawn = Episodes(features, data.labels, way=way, shot=shot, queries=queries, seed=seed, length=episodes)
+        correct = []
+        for start in range(0, episodes, BATCH):
+            batch = drawn.batch(range(start, min(start + BATCH, episodes)))
+            predicted = model(batch.support, batch.support_labels, batch.query, num_classes=way).argmax(-1)
+            correct.append(predicted == batch.query_labels)
+    finally:
+        model.embedding = embedding
+        model.train(training)
+    return _accuracy(torch.cat(correct))
+
+
+def evaluate_pixels(data: LabelledImages, *, way: int, shot: int, queries: int, episodes: int, seed: int = 0) -> Accuracy:
+    """The same for the label of the nearest support in pixels (Euclidean); the episodes are those of :func:`evaluate`."""
+    drawn = Episodes(data.images, data.labels, way=way, shot=shot, queries=queries, seed=seed, length=episodes)
+    correct = []
+    for episode in drawn:
+        nearest = torch.cdist(episode.query.flatten(1), episode.support.flatten(1)).argmin(1)
+        correct.append(episode.support_labels[nearest] == episode.query_labels)
+    return _accuracy(torch.stack(correct))
