@@ -220,58 +220,72 @@ template <typename Body> void for_each_task(int64_t count, int64_t grain, const 
 
 // ---- packing -----------------------------------------------------------------------------------------------------------------------
 
-// What a row was multiplied with, 1 / a', and its norm by that measure, |x| / a'; `active` is 0 where the norm has no derivative.
+// What each of some rows was multiplied with, 1 / a', and its norm by that measure, |x| / a'; `active` is 0 where the norm has no derivative.
 template <typename T> struct Scaling {
-  T inverse = 1, norm = 1, active = 0;
+  T *inverse, *norm, *active;
 };
 
-template <typename T> FASTMETA_INLINE T sum_of_squares(const T* row, int64_t length) {
+template <typename T> FASTMETA_INLINE Vector<T> sums_of_squares(const T* row, int64_t length) {
   Vector<T> sums{};
   for (int64_t d = 0; d < length; d += kLanes<T>) {
     const Vector<T> x = load(row + d);
     sums += x * x;
   }
-  T part[kLanes<T>];
-  store(part, sums);
-  for (int width = kLanes<T> / 2; width > 0; width /= 2)
-    for (int l = 0; l < width; ++l) part[l] += part[l + width];
-  return part[0];
+  return sums;
 }
 
 template <typename T> FASTMETA_INLINE void multiply(T* row, int64_t length, T factor) {
+#pragma omp simd
   for (int64_t d = 0; d < length; ++d) row[d] *= factor;
 }
 
-// Divides a packed row by its norm, in place.
-template <typename T> FASTMETA_INLINE Scaling<T> normalize_row(T* row, int64_t length, int64_t eps_mode, T eps) {
+// Divides up to kLanes packed rows by their norms, in place. Side by side: a root and a division take as long for one row as for all.
+template <typename T> FASTMETA_INLINE void normalize_rows(const Problem<T>& p, int count, T* rows, const Scaling<T>& to) {
+  constexpr int L = kLanes<T>;
   constexpr T kTiny = sizeof(T) == 4 ? T(1e-15) : T(1e-150);  // its square is a normal number
-  T before = 1;                                               // a factor that brings the squares into range
-  T squares = sum_of_squares(row, length);
-  if (!(squares > kTiny * kTiny && squares < T(1) / (kTiny * kTiny)) && squares == squares) {
+  T parts[L * L] = {}, across[L * L], squares[L] = {}, before[L], factor[L];
+  for (int r = 0; r < count; ++r) store(parts + r * L, sums_of_squares(rows + r * p.row, p.row));
+  transpose(L, L, parts, L, across, L);
+  for (int i = 0; i < L; ++i) FASTMETA_EACH_LANE squares[l] += across[i * L + l];
+  FASTMETA_EACH_LANE before[l] = T(1);
+  for (int r = 0; r < count; ++r) {
+    if ((squares[r] > kTiny * kTiny && squares[r] < T(1) / (kTiny * kTiny)) || squares[r] != squares[r]) continue;
+    // Out of range, or zeros: first divide by the largest element.
+    T* row = rows + r * p.row;
     T largest = 0;
-    for (int64_t d = 0; d < length; ++d) largest = std::max(largest, std::abs(row[d]));
-    if (largest > 0 && largest <= std::numeric_limits<T>::max()) {
-      before = T(1) / std::max(largest, std::numeric_limits<T>::min() * 4);
-      multiply(row, length, before);
-      squares = sum_of_squares(row, length);
-    }
+    for (int64_t d = 0; d < p.features; ++d) largest = std::max(largest, std::abs(row[d]));
+    if (!(largest > 0 && largest <= std::numeric_limits<T>::max())) continue;
+    before[r] = T(1) / std::max(largest, std::numeric_limits<T>::min() * 4);
+    multiply(row, p.row, before[r]);
+    store(parts, sums_of_squares(row, p.row));
+    squares[r] = 0;
+    for (int i = 0; i < L; ++i) squares[r] += parts[i];
   }
-  const T scaled = std::sqrt(squares);  // |x| * before
-  const T least = (eps_mode == kClamp ? eps : kTiny) * before;
-  Scaling<T> s;
-  s.active = scaled >= least ? T(1) : T(0);
-  const T divisor = scaled < least ? least : scaled;
-  multiply(row, length, T(1) / divisor);
-  s.inverse = before / divisor;
-  s.norm = scaled / divisor;
-  return s;
+  const T smallest = p.eps_mode == kClamp ? p.eps : kTiny;
+  FASTMETA_EACH_LANE {
+    const T scaled = std::sqrt(squares[l]), least = smallest * before[l];  // |x| * before
+    const T divisor = scaled < least ? least : scaled;
+    factor[l] = T(1) / divisor;
+    squares[l] = scaled / divisor;
+    before[l] /= divisor;
+    parts[l] = scaled < least ? T(0) : T(1);
+  }
+  for (int r = 0; r < count; ++r) {
+    multiply(rows + r * p.row, p.row, factor[r]);
+    to.inverse[r] = before[r], to.norm[r] = squares[r], to.active[r] = parts[r];
+  }
+}
+
+// A side that is not divided by its norm.
+template <typename T> FASTMETA_INLINE void leave_rows(int count, const Scaling<T>& to) {
+  std::fill_n(to.inverse, count, T(1)), std::fill_n(to.norm, count, T(1)), std::fill_n(to.active, count, T(0));
 }
 
 // kLanes queries side by side.
 template <typename T> struct Panel {
-  T* columns;              // [D][kLanes]
-  T* rows;                 // [kLanes][row]
-  T *inverse, *norm, *active;  // [kLanes]
+  T* columns;          // [D][kLanes]
+  T* rows;             // [kLanes][row]
+  Scaling<T> scaling;  // [kLanes]
 };
 
 // The packed panels of a task. Where all supports are one block a panel is used once, and there is one place for all of them.
@@ -284,7 +298,7 @@ template <typename T> class Queries {
   Panel<T> operator[](int64_t i) const {
     T* at = data_.get() + i % slots_ * each_;
     T* scaling = at + 2 * row_ * kLanes<T>;
-    return {at, at + row_ * kLanes<T>, scaling, scaling + kLanes<T>, scaling + 2 * kLanes<T>};
+    return {at, at + row_ * kLanes<T>, {scaling, scaling + kLanes<T>, scaling + 2 * kLanes<T>}};
   }
 
  private:
@@ -299,17 +313,11 @@ template <typename T> Range panel_range(const typename Problem<T>::Task& task, i
 }
 
 template <typename T> FASTMETA_INLINE void pack_panel(const Problem<T>& p, int64_t b, Range queries, const Panel<T>& panel) {
-  for (int l = 0; l < kLanes<T>; ++l) {
-    T* row = panel.rows + l * p.row;
-    Scaling<T> s;
-    if (l < queries.size()) {
-      read_row(p.query, b, queries.begin + l, p.features, p.row, row);
-      if (p.normalize == kBoth) s = normalize_row(row, p.row, p.eps_mode, p.eps);
-    } else {
-      std::memset(row, 0, p.row * sizeof(T));
-    }
-    panel.inverse[l] = s.inverse, panel.norm[l] = s.norm, panel.active[l] = s.active;
-  }
+  const int count = int(queries.size());
+  for (int l = 0; l < count; ++l) read_row(p.query, b, queries.begin + l, p.features, p.row, panel.rows + l * p.row);
+  std::fill_n(panel.rows + count * p.row, (kLanes<T> - count) * p.row, T(0));
+  leave_rows(kLanes<T>, panel.scaling);
+  if (p.normalize == kBoth) normalize_rows(p, count, panel.rows, panel.scaling);
   transpose(kLanes<T>, p.row, panel.rows, p.row, panel.columns, kLanes<T>);
 }
 
@@ -324,6 +332,7 @@ template <typename T> struct Block {
   explicit Block(const Problem<T>& p)
       : rows(p.block * p.row), inverse(p.block), norm(p.block), active(p.block), values(p.values ? p.block * p.value_row : 0),
         labels(p.values ? 0 : p.block), index(p.block) {}
+  Scaling<T> scaling(int64_t j) const { return {inverse.get() + j, norm.get() + j, active.get() + j}; }
 };
 
 // Fills `block` from support `next` on; returns where the next block begins.
@@ -331,17 +340,17 @@ template <typename T> FASTMETA_INLINE int64_t pack_supports(const Problem<T>& p,
   int64_t count = 0;
   for (; next < end && count < p.block; ++next) {
     if (p.mask.data && !p.mask.template at<bool>(b, next)) continue;
-    T* row = block.rows.get() + count * p.row;
-    read_row(p.support, b, next, p.features, p.row, row);
-    Scaling<T> s;
-    if (p.normalize != kNone) s = normalize_row(row, p.row, p.eps_mode, p.eps);
-    block.inverse.get()[count] = s.inverse, block.norm.get()[count] = s.norm, block.active.get()[count] = s.active;
+    read_row(p.support, b, next, p.features, p.row, block.rows.get() + count * p.row);
     if (p.values)
       read_row(p.third, b, next, p.columns, p.value_row, block.values.get() + count * p.value_row);
     else
       block.labels.get()[count] = p.third.template at<int64_t>(b, next);
     block.index.get()[count++] = next;
   }
+  leave_rows(int(count), block.scaling(0));
+  if (p.normalize != kNone)
+    for (int64_t j = 0; j < count; j += kLanes<T>)
+      normalize_rows(p, int(std::min<int64_t>(kLanes<T>, count - j)), block.rows.get() + j * p.row, block.scaling(j));
   block.count = count;
   return next;
 }
@@ -372,7 +381,7 @@ FASTMETA_INLINE void score_tile(const Problem<T>& p, T scale, const Block<T>& bl
       FASTMETA_EACH_LANE s[l] *= scale;
     else
       FASTMETA_EACH_LANE
-        s[l] *= scale * cosine_factor(p.eps_mode, p.eps, block.norm.get()[j] * panel.norm[l], block.inverse.get()[j] * panel.inverse[l]);
+        s[l] *= scale * cosine_factor(p.eps_mode, p.eps, block.norm.get()[j] * panel.scaling.norm[l], block.inverse.get()[j] * panel.scaling.inverse[l]);
   }
 }
 
@@ -637,7 +646,7 @@ template <typename T> struct Tiles {
       : dots(p.block * kLanes<T>), weights(p.values ? p.block * kLanes<T> : 0), flow(p.block * kLanes<T>) {}
 };
 
-// tiles.flow = scale ds u; and the sums of ds v (q^ . k^) over either side. Returns the sum of ds c, the gradient of the scale.
+// tiles.flow = scale ds u; and the sums of scale ds v (q^ . k^) over either side, those over the queries lane by lane. Returns the sum of ds c, the gradient of the scale.
 template <typename T>
 FASTMETA_INLINE T flow_tile(const Problem<T>& p, T scale, const Block<T>& block, const Panel<T>& panel, const Incoming<T>& in,
                             const Tiles<T>& tiles, T* radial) {
@@ -652,7 +661,7 @@ FASTMETA_INLINE T flow_tile(const Problem<T>& p, T scale, const Block<T>& block,
     FASTMETA_EACH_LANE u[l] = v[l] = T(1);
     if (!p.separable()) {
       FASTMETA_EACH_LANE
-        u[l] = cosine_factor(p.eps_mode, p.eps, block.norm.get()[j] * panel.norm[l], block.inverse.get()[j] * panel.inverse[l]);
+        u[l] = cosine_factor(p.eps_mode, p.eps, block.norm.get()[j] * panel.scaling.norm[l], block.inverse.get()[j] * panel.scaling.inverse[l]);
       FASTMETA_EACH_LANE v[l] = p.eps_mode == kAdd ? u[l] * u[l] : u[l] * u[l] * u[l];
     }
     const T* dot = dots + j * L;
@@ -672,11 +681,9 @@ FASTMETA_INLINE T flow_tile(const Problem<T>& p, T scale, const Block<T>& block,
       scale_sums[l] += ds[l] * u[l] * dot[l];
       along[l] = scale * ds[l] * v[l] * dot[l];
       in.radial[l] += along[l];
+      radial[j * L + l] += along[l];
       out[l] = scale * ds[l] * u[l];
     }
-    for (int width = L / 2; width > 0; width /= 2)
-      for (int l = 0; l < width; ++l) along[l] += along[l + width];
-    radial[j] += along[0];
   }
   T sum = 0;
   for (const T x : scale_sums) sum += x;
@@ -688,9 +695,9 @@ template <typename T>
 FASTMETA_INLINE void finish_query(const Problem<T>& p, Range queries, const Panel<T>& panel, const Incoming<T>& in, T* to) {
   constexpr int L = kLanes<T>;
   T back[L];
-  FASTMETA_EACH_LANE back[l] = in.radial[l] * panel.active[l];
+  FASTMETA_EACH_LANE back[l] = in.radial[l] * panel.scaling.active[l];
   for (int64_t d = 0; d < p.features; ++d)
-    FASTMETA_EACH_LANE in.query[d * L + l] = panel.inverse[l] * (in.query[d * L + l] - back[l] * panel.columns[d * L + l]);
+    FASTMETA_EACH_LANE in.query[d * L + l] = panel.scaling.inverse[l] * (in.query[d * L + l] - back[l] * panel.columns[d * L + l]);
   transpose(p.row, L, in.query, L, panel.columns, p.row);
   for (int64_t q = queries.begin; q < queries.end; ++q)
     std::copy_n(panel.columns + (q - queries.begin) * p.row, p.features, to + q * p.features);
@@ -708,7 +715,7 @@ FASTMETA_INLINE void backward_task(const Problem<T>& p, int64_t i, const View& g
   const IncomingPanels<T> incoming(p, task);
   Block<T> block(p);
   const Tiles<T> tiles(p);
-  const Buffer<T> support(p.block * p.row), values(needs_values ? p.block * p.value_row : 0), radial(p.block);
+  const Buffer<T> support(p.block * p.row), values(needs_values ? p.block * p.value_row : 0), radial(p.block * L);
   T* of_query = needs_query ? out.query + (task.support_part * p.batch + task.b) * p.queries * p.features : nullptr;
   T* of_support = needs_support ? out.support + (task.query_part * p.batch + task.b) * p.supports * p.features : nullptr;
   T* of_values = needs_values ? out.values + (task.query_part * p.batch + task.b) * p.supports * p.columns : nullptr;
@@ -717,7 +724,7 @@ FASTMETA_INLINE void backward_task(const Problem<T>& p, int64_t i, const View& g
   do {  // once even without supports: the gradients of the queries are then 0
     const int64_t begin = next;
     next = pack_supports(p, task.b, next, task.supports.end, block);
-    std::fill_n(support.get(), block.count * p.row, T(0)), std::fill_n(radial.get(), block.count, T(0));
+    std::fill_n(support.get(), block.count * p.row, T(0)), std::fill_n(radial.get(), block.count * L, T(0));
     if (needs_values) std::fill_n(values.get(), block.count * p.value_row, T(0));
     for (int64_t k = 0; k < queries.count(); ++k) {
       const Panel<T> panel = queries[k];
@@ -745,7 +752,10 @@ FASTMETA_INLINE void backward_task(const Problem<T>& p, int64_t i, const View& g
     }
     for (int64_t j = 0; j < block.count; ++j) {
       const int64_t s = block.index.get()[j];
-      const T inverse = block.inverse.get()[j], back = radial.get()[j] * block.active.get()[j];
+      T back = 0;
+      for (int l = 0; l < L; ++l) back += radial.get()[j * L + l];
+      back *= block.active.get()[j];
+      const T inverse = block.inverse.get()[j];
       const T *gathered = support.get() + j * p.row, *unit = block.rows.get() + j * p.row;
       if (needs_support)
         for (int64_t d = 0; d < p.features; ++d) of_support[s * p.features + d] = inverse * (gathered[d] - back * unit[d]);

@@ -12,6 +12,7 @@ import torch
 from .cache import cached
 from .episodes import LabelledImages, distort
 
+DRAWING = 1  # to be counted up with any change of what is drawn, here or in distort(): caches of the old drawings are then left alone
 INSTANCES = 20
 FACES = ("DejaVuSans", "DejaVuSans-Oblique", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSerif-Italic", "DejaVuSansMono")
 LARGE, INK, SMALL = 56, 40, 28  # side of the drawing, of the box that a letter fills in it, and of the image: pixels
@@ -24,7 +25,7 @@ def load() -> LabelledImages:
     import matplotlib  # here and not above: slow to import, and nothing else in the package needs it
     import PIL
     fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    arrays = cached(f"glyphs{SMALL}-matplotlib{matplotlib.__version__}-pillow{PIL.__version__}", lambda: _draw(fonts))
+    arrays = cached(f"glyphs{DRAWING}-matplotlib{matplotlib.__version__}-pillow{PIL.__version__}", lambda: _draw(fonts))
     names = tuple(arrays["names"].tolist())
     return LabelledImages(torch.from_numpy(arrays["images"]), torch.arange(len(names)).repeat_interleave(INSTANCES), names)
 
