@@ -55,7 +55,7 @@ extension = Extension(
     libraries=["torch_cpu", "c10"],
     language="c++",
     # -fno-trapping-math and -fno-math-errno change no value; they let loops with comparisons and roots become vector code.
-    extra_compile_args=["-std=c++17", "-O3", "-fopenmp-simd", "-fno-trapping-math", "-fno-math-errno", "-fvisibility=hidden", "-Wall",
+    extra_compile_args=["-std=c++17", "-O3", "-g0", "-fopenmp-simd", "-fno-trapping-math", "-fno-math-errno", "-fvisibility=hidden", "-Wall",
                         "-Wno-psabi", "-Wno-unknown-pragmas", f"-ffile-prefix-map={ROOT}/="],
     define_macros=[("TORCH_TARGET_VERSION", f"0x{major:02x}{minor:02x}000000000000"),
                    ("FASTMETA_STABLE_ABI", f'"{major}.{minor}"')],

@@ -5,18 +5,23 @@ Backends: ``cpp`` (our compiled kernels) and ``reference`` (plain PyTorch, every
 """
 
 import contextlib
+import importlib
 import os
 import platform
 import sys
+from pathlib import Path
+
+import torch  # its libraries must be loaded before the extension that links to them
 
 BACKENDS = ("cpp", "reference")
 
 try:
-    from . import _C
+    _C = importlib.import_module("fastmeta._C")
     missing = None
 except ImportError as error:  # not built, or built for something else: the reference serves, and `fastmeta info` says why
     _C = None
-    missing = f"{type(error).__name__}: {error}"
+    _note = Path(__file__).with_name("build_failure.txt")  # left by setup.py
+    missing = _note.read_text().strip() if _note.exists() else str(error)
 
 _device_types = ("cpu",) if _C is not None else ()
 _override = None
@@ -58,8 +63,6 @@ def use_backend(backend: str | None):
 
 def info() -> str:
     """Versions, backends, instruction sets and threads, and for each thing that is missing the reason: what `fastmeta info` prints."""
-    import torch
-
     from . import __version__
     rows = [("fastmeta", __version__), ("python", f"{platform.python_version()} ({sys.platform} {platform.machine()})"),
             ("torch", torch.__version__), ("threads", torch.get_num_threads())]

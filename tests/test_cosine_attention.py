@@ -272,6 +272,20 @@ def test_extreme_gradients(backend, name, eps_mode):
             assert error.max() < 1e-3, f"tensor {i}: {error.tolist()}"
 
 
+@pytest.mark.parametrize("dtype, other", [(torch.float32, torch.float64), (torch.float64, torch.float32), (torch.float16, torch.float16),
+                                          (torch.bfloat16, torch.float32)])
+def test_scale_has_a_dtype_of_its_own(backend, dtype, other):
+    query, support = torch.randn(2, 3, 4, dtype=dtype), torch.randn(2, 5, 4, dtype=dtype)
+    labels = torch.arange(5).remainder(3).expand(2, 5)
+    scale = torch.tensor([2.0, 0.5], dtype=other, requires_grad=True)
+    result = matching_log_probs(query, support, labels, 3, scale=scale)
+    each = [matching_log_probs(query[b], support[b], labels[b], 3, scale=scale[b].item()) for b in range(2)]
+    assert result.dtype == dtype
+    torch.testing.assert_close(result, torch.stack(each))
+    (grad,) = torch.autograd.grad(result[..., 0].sum(), scale)
+    assert grad.dtype == other and grad.isfinite().all() and grad.abs().min() > 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_large_scale_does_not_underflow(backend, dtype):
     # cosines 1, 0, -1: at scale 1000 the last class has log-probability -2000, where exp() is 0

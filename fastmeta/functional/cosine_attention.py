@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import _backend, reference
 from ..reference.cosine_attention import EPS_MODES, NORMALIZE
-from ..schemas.cosine_attention import NAMES
+from ..schemas.cosine_attention import NAMES, accumulation_dtype
 from ._autograd import differentiable
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -90,6 +90,8 @@ def _attend(name, query, support, third, num_classes, scale, normalize, eps, eps
 
     if num_classes is not None and third.dtype != torch.int64:
         third = third.long()
+    if scales is not None:
+        scales = scales.to(accumulation_dtype(query.dtype))
     rest = (float(scale), NORMALIZE.index(normalize), EPS_MODES.index(eps_mode), float(eps), *rest)
     tensors, shape = _one_batch_dimension(query, support, third, support_mask, scales, num_classes is None)
     try:

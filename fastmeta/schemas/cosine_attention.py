@@ -1,7 +1,7 @@
 """``fastmeta::cosine_attention`` and ``fastmeta::matching_log_probs``, forward and backward.
 
 Tensors have exactly one episode dimension: query ``[B, Q, D]``, support ``[B, S, D]``, values ``[B, S, C]`` or labels int64 ``[B, S]``,
-support_mask bool ``[B, S]``, scales ``[B]``; any strides. The factor on the cosine of episode b is ``scale * scales[b]``. ``normalize`` and
+support_mask bool ``[B, S]``, scales ``[B]`` in the accumulation dtype; any strides. The factor on the cosine of episode b is ``scale * scales[b]``. ``normalize`` and
 ``eps_mode`` are positions in ``reference.cosine_attention.NORMALIZE`` and ``EPS_MODES``. ``log_sums`` is what the
 backward needs beyond the result, in the accumulation dtype: the log-sum-exp of the scores of each query, ``[B, Q]``, or for
 ``matching_log_probs`` of each class of each query, ``[B, Q, C]``. ``needs`` has bit 0 for the gradient of query,
