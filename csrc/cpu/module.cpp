@@ -13,7 +13,7 @@ namespace {
 // The clone that the loader picks on this processor.
 std::string instruction_set() {
   const std::vector<std::string> built{FASTMETA_INSTRUCTION_SETS};
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__x86_64__) && defined(__linux__) && !defined(__clang__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("x86-64-v4")) return built[2];
   if (__builtin_cpu_supports("x86-64-v3")) return built[1];

@@ -1,14 +1,14 @@
 // Lanes, an exponential that vectorises, and the one product kernel that everything on the CPU is built from.
 //
-// One source serves every instruction set: a function marked FASTMETA_CLONES is compiled for x86-64-v4 (AVX-512), -v3 (AVX2 with FMA) and
-// the baseline, and the loader picks. All that it calls is always_inline, so that it is compiled with it.
+// One source serves every instruction set: GCC compiles a function marked FASTMETA_CLONES for x86-64-v4 (AVX-512), -v3 (AVX2 with FMA) and
+// the baseline, and the loader picks; clang compiles it for what its flags say. All that it calls is always_inline, so that it is compiled with it.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #include <limits>
 
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__x86_64__) && defined(__linux__) && !defined(__clang__)
 #define FASTMETA_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #define FASTMETA_INSTRUCTION_SETS "x86-64", "x86-64-v3", "x86-64-v4"
 #else
@@ -135,32 +135,37 @@ FASTMETA_INLINE void product(int64_t rows, int64_t depth, const T* a, int64_t ld
 
 // Transposes a square of 32 bytes by 32 bytes: one vector of 32 bytes a row, log2 of its length rounds of exchanges.
 template <typename T> struct Square;
+
+template <typename Row, typename Index, Index... kIndices> FASTMETA_INLINE Row pick(Row a, Row b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, kIndices...);
+#else
+  typedef Index Indices __attribute__((vector_size(32)));
+  return __builtin_shuffle(a, b, Indices{kIndices...});
+#endif
+}
+
 template <> struct Square<float> {
   typedef float Row __attribute__((vector_size(32)));
   static constexpr int kSize = 8;
+  template <int32_t... kIndices> static FASTMETA_INLINE Row pick(Row a, Row b) { return fastmeta::pick<Row, int32_t, kIndices...>(a, b); }
   static FASTMETA_INLINE void transpose(Row* v) {
-    typedef int32_t Index __attribute__((vector_size(32)));
-    for (int i = 0; i < 4; ++i) exchange(v[i], v[i + 4], Index{0, 1, 2, 3, 8, 9, 10, 11}, Index{4, 5, 6, 7, 12, 13, 14, 15});
-    for (int i = 0; i < 8; i += 4)
-      for (int j = i; j < i + 2; ++j) exchange(v[j], v[j + 2], Index{0, 1, 8, 9, 4, 5, 12, 13}, Index{2, 3, 10, 11, 6, 7, 14, 15});
-    for (int i = 0; i < 8; i += 2) exchange(v[i], v[i + 1], Index{0, 8, 2, 10, 4, 12, 6, 14}, Index{1, 9, 3, 11, 5, 13, 7, 15});
-  }
-  template <typename Index> static FASTMETA_INLINE void exchange(Row& a, Row& b, Index first, Index second) {
-    const Row x = __builtin_shuffle(a, b, first), y = __builtin_shuffle(a, b, second);
-    a = x, b = y;
+    Row w[8];
+    for (int i = 0; i < 4; ++i) w[i] = pick<0, 1, 2, 3, 8, 9, 10, 11>(v[i], v[i + 4]), w[i + 4] = pick<4, 5, 6, 7, 12, 13, 14, 15>(v[i], v[i + 4]);
+    for (int i : {0, 1, 4, 5}) v[i] = pick<0, 1, 8, 9, 4, 5, 12, 13>(w[i], w[i + 2]), v[i + 2] = pick<2, 3, 10, 11, 6, 7, 14, 15>(w[i], w[i + 2]);
+    for (int i = 0; i < 8; i += 2) w[i] = pick<0, 8, 2, 10, 4, 12, 6, 14>(v[i], v[i + 1]), w[i + 1] = pick<1, 9, 3, 11, 5, 13, 7, 15>(v[i], v[i + 1]);
+    for (int i = 0; i < 8; ++i) v[i] = w[i];
   }
 };
+
 template <> struct Square<double> {
   typedef double Row __attribute__((vector_size(32)));
   static constexpr int kSize = 4;
+  template <int64_t... kIndices> static FASTMETA_INLINE Row pick(Row a, Row b) { return fastmeta::pick<Row, int64_t, kIndices...>(a, b); }
   static FASTMETA_INLINE void transpose(Row* v) {
-    typedef int64_t Index __attribute__((vector_size(32)));
-    for (int i = 0; i < 2; ++i) exchange(v[i], v[i + 2], Index{0, 1, 4, 5}, Index{2, 3, 6, 7});
-    for (int i = 0; i < 4; i += 2) exchange(v[i], v[i + 1], Index{0, 4, 2, 6}, Index{1, 5, 3, 7});
-  }
-  template <typename Index> static FASTMETA_INLINE void exchange(Row& a, Row& b, Index first, Index second) {
-    const Row x = __builtin_shuffle(a, b, first), y = __builtin_shuffle(a, b, second);
-    a = x, b = y;
+    Row w[4];
+    for (int i = 0; i < 2; ++i) w[i] = pick<0, 1, 4, 5>(v[i], v[i + 2]), w[i + 2] = pick<2, 3, 6, 7>(v[i], v[i + 2]);
+    for (int i = 0; i < 4; i += 2) v[i] = pick<0, 4, 2, 6>(w[i], w[i + 1]), v[i + 1] = pick<1, 5, 3, 7>(w[i], w[i + 1]);
   }
 };
 

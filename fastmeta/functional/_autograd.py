@@ -23,7 +23,8 @@ def differentiable(name: str):
 
     def first_backward(ctx, grad):
         *tensors, result, log_sums = ctx.saved_tensors
-        needs = sum(1 << i for i in range(3) if ctx.needs_input_grad[i])
+        of_query, of_support, of_values, _, of_scales, *_ = ctx.needs_input_grad
+        needs = of_query | of_support << 1 | of_values << 2
         arguments = (grad, needs, *tensors, *ctx.rest, result, log_sums)
         if torch._C._are_functorch_transforms_active():
             grads = FunctorchBackward.apply(*arguments)
@@ -32,8 +33,8 @@ def differentiable(name: str):
         else:
             grads = backward_op(*arguments)
         query, support, values, scales = grads
-        wanted = (query, support, values, None, scales)
-        return tuple(g if need else None for g, need in zip(wanted, ctx.needs_input_grad)) + (None,) * len(ctx.rest)
+        return (query if of_query else None, support if of_support else None, values if of_values else None, None,
+                scales if of_scales else None, *(None,) * len(ctx.rest))
 
     def double_backward(ctx, *grads_of_grads):
         grad, *tensors = ctx.saved_tensors
@@ -105,10 +106,12 @@ def differentiable(name: str):
 
         backward = staticmethod(double_backward)
 
-    def apply(*arguments):
+    def apply(query, support, third, support_mask, scales, *rest):
+        arguments = (query, support, third, support_mask, scales, *rest)
         if torch._C._are_functorch_transforms_active():
             return FunctorchForward.apply(*arguments)[0]
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:TENSORS]):
+        if torch.is_grad_enabled() and (query.requires_grad or support.requires_grad or third.requires_grad
+                                        or scales is not None and scales.requires_grad):
             return Forward.apply(*arguments)
         return forward_op(*arguments)[0]
 
