@@ -1,10 +1,15 @@
 """What several tests share: options, inputs of every batch form, comparison with float64, and the equations once more in numpy."""
 
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import torch
 
+import fastmeta
 from fastmeta import functional, reference
 
 # normalize and eps_mode; without a norm the mode means nothing
@@ -113,3 +118,9 @@ def numpy_lstm_step(x, h, c, w_ih, w_hh, b_ih, b_hh):
     i, f, g, o = np.split(w_ih @ x + b_ih + w_hh @ h + b_hh, 4)
     c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
     return sigmoid(o) * np.tanh(c), c
+
+
+def spawn_python(*arguments, environment=None, **options) -> subprocess.Popen:
+    """A Python process with the fastmeta of this one: its folder comes before a checkout, without the extension, that pytest runs in."""
+    return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=Path(fastmeta.__file__).parents[1], text=True,
+                            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **(environment or {})}, **options)

@@ -1,10 +1,9 @@
 """The command line: what it prints, and that a mistake of the user's is one clear line and status 2."""
 
-import os
 import subprocess
-import sys
 
 import pytest
+from helpers import spawn_python
 
 from fastmeta import __version__, _backend, data
 from fastmeta.cli import main
@@ -94,9 +93,8 @@ def test_info_and_version(capsys):
 
 
 def test_as_a_module():
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    result = subprocess.run([sys.executable, "-m", "fastmeta", "evaluate", "nowhere"], env=environment, capture_output=True, text=True)
-    assert (result.returncode, result.stderr) == (2, "fastmeta: no checkpoint nowhere\n")
+    process = spawn_python("-m", "fastmeta", "evaluate", "nowhere", stderr=subprocess.PIPE)
+    assert (process.communicate()[1], process.returncode) == ("fastmeta: no checkpoint nowhere\n", 2)
 
 
 @pytest.mark.parametrize("missing", [None, "ImportError: not built"])

@@ -1,14 +1,13 @@
 import itertools
 import math
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (BROADCASTS, NAMES, OPTIONS, assert_as_exact_as_eager, example, in_dtype, leaves, numpy_scores, numpy_softmax,
-                     result_and_gradients, run_both)
+                     result_and_gradients, run_both, spawn_python)
 from torch.autograd import gradcheck, gradgradcheck
 
 import fastmeta
@@ -586,8 +585,8 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 del query, support, values, labels
 run(10**6)
 """
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    increases = list(map(int, out.split()))
+    process = spawn_python("-c", code, stdout=subprocess.PIPE)
+    increases = list(map(int, process.communicate()[0].split()))
     assert len(increases) == 2 and max(increases) < 100, f"MB: {increases}"
 
 

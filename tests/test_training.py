@@ -2,14 +2,13 @@
 
 import json
 import math
-import os
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 import torch
+from helpers import spawn_python
 from torch import nn
 
 from fastmeta import data
@@ -32,9 +31,8 @@ def one_thread():
 
 
 def spawn(*arguments, module=("fastmeta",), **options):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.Popen([sys.executable, "-m", *module, *map(str, arguments)], env=environment, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, **options)
+    return spawn_python("-m", *module, *arguments, environment={"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                        **options)
 
 
 def finish(process, status):
