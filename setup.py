@@ -4,7 +4,6 @@ The extension is optional: where it cannot be built the package installs without
 tells the reason that is written down here.
 """
 
-import os
 from pathlib import Path
 
 from setuptools import Extension, setup

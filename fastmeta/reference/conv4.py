@@ -1,6 +1,6 @@
 """The four-block convolutional embedding of Matching Networks (Vinyals et al., 2016, section 4.1)."""
 
-from torch import Tensor, nn
+from torch import nn
 
 
 class Conv4(nn.Sequential):
