@@ -418,10 +418,11 @@ template <typename T> FASTMETA_INLINE T shrink(T before, T now) {
   return before == now ? T(1) : exp_nonpositive(before - now);
 }
 
-// Adds a tile of scores to the state of its panel. `before` has a row of kLanes for each class of the block; `touched` lists these classes.
+// Adds a tile of scores to the state of its panel. `touched` lists the classes of the block; none for the first block, before which there are no
+// sums to bring to the new peaks. `before` is working space, a row of kLanes for each of these classes.
 template <typename T>
-FASTMETA_INLINE void add_tile(const Problem<T>& p, const Block<T>& block, const std::vector<int64_t>& touched, bool first, T* tile,
-                              T* before, const State<T>& state) {
+FASTMETA_INLINE void add_tile(const Problem<T>& p, const Block<T>& block, const std::vector<int64_t>& touched, T* tile, T* before,
+                              const State<T>& state) {
   constexpr int L = kLanes<T>;
   const int64_t* labels = p.values ? nullptr : block.labels.get();
   for (size_t t = 0; t < touched.size(); ++t) std::memcpy(before + t * L, state.peak + touched[t] * L, 64);
@@ -430,18 +431,16 @@ FASTMETA_INLINE void add_tile(const Problem<T>& p, const Block<T>& block, const 
     const T* s = tile + j * L;
     FASTMETA_EACH_LANE peak[l] = s[l] > peak[l] ? s[l] : peak[l];
   }
-  if (!first) {
-    for (size_t t = 0; t < touched.size(); ++t) {
-      T* sum = state.sum + touched[t] * L;
-      const T* peak = state.peak + touched[t] * L;
-      T* factor = before + t * L;
-      FASTMETA_EACH_LANE factor[l] = shrink(factor[l], peak[l]);
-      FASTMETA_EACH_LANE sum[l] *= factor[l];
-    }
-    if (p.values)
-      for (int64_t c = 0; c < p.columns; ++c)
-        FASTMETA_EACH_LANE state.values[c * L + l] *= before[l];
+  for (size_t t = 0; t < touched.size(); ++t) {
+    T* sum = state.sum + touched[t] * L;
+    const T* peak = state.peak + touched[t] * L;
+    T* factor = before + t * L;
+    FASTMETA_EACH_LANE factor[l] = shrink(factor[l], peak[l]);
+    FASTMETA_EACH_LANE sum[l] *= factor[l];
   }
+  if (p.values && !touched.empty())
+    for (int64_t c = 0; c < p.columns; ++c)
+      FASTMETA_EACH_LANE state.values[c * L + l] *= before[l];
   for (int64_t j = 0; j < block.count; ++j) {
     const int64_t c = labels ? labels[j] : 0;
     T *s = tile + j * L, *sum = state.sum + c * L;
@@ -464,20 +463,17 @@ template <typename T> FASTMETA_INLINE void forward_task(const Problem<T>& p, int
   bool first = true;
   for (int64_t next = task.supports.begin; next < task.supports.end; first = false) {
     next = pack_supports(p, task.b, next, task.supports.end, block);
-    touched.assign(1, 0);
-    if (!p.values) {
+    if (!first && p.values) {
+      touched.assign(1, 0);
+    } else if (!first) {
       touched.assign(block.labels.get(), block.labels.get() + block.count);
-      if (!first) {
-        std::sort(touched.begin(), touched.end());
-        touched.erase(std::unique(touched.begin(), touched.end()), touched.end());
-      } else {
-        touched.clear();
-      }
+      std::sort(touched.begin(), touched.end());
+      touched.erase(std::unique(touched.begin(), touched.end()), touched.end());
     }
     for (int64_t k = 0; k < queries.count(); ++k) {
       if (first) pack_panel(p, task.b, panel_range<T>(task, k), queries[k]);
       score_tile(p, scale, block, queries[k], tile.get());
-      add_tile(p, block, touched, first, tile.get(), before.get(), states[k]);
+      add_tile(p, block, touched, tile.get(), before.get(), states[k]);
     }
   }
 }

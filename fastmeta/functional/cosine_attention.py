@@ -93,7 +93,7 @@ def _attend(name, query, support, third, num_classes, scale, normalize, eps, eps
     if scales is not None:
         scales = scales.to(accumulation_dtype(query.dtype))
     rest = (float(scale), NORMALIZE.index(normalize), EPS_MODES.index(eps_mode), float(eps), *rest)
-    tensors, shape = _one_batch_dimension(query, support, third, support_mask, scales, num_classes is None)
+    tensors, shape = _flatten_batches(query, support, third, support_mask, scales, num_classes is None)
     try:
         result = _operations[name](*tensors, *rest)
     except RuntimeError as error:  # the stable ABI knows this one type of error only
@@ -104,7 +104,7 @@ def _attend(name, query, support, third, num_classes, scale, normalize, eps, eps
     return result if shape is None else result.view(*shape, result.shape[-1])
 
 
-def _one_batch_dimension(query, support, third, support_mask, scales, third_has_rows):
+def _flatten_batches(query, support, third, support_mask, scales, third_has_rows):
     """The five tensors with exactly one batch dimension, and the shape of the result before its last dimension (None: as it comes)."""
     if query.dim() == support.dim() == 3 and scales is None and support_mask is None and \
             query.shape[0] == support.shape[0] == third.shape[0] and third.dim() == 2 + third_has_rows:
@@ -119,8 +119,13 @@ def _one_batch_dimension(query, support, third, support_mask, scales, third_has_
         # One support set for all the episodes: they are one episode of many queries.
         return (query.reshape(1, math.prod(shape), query.shape[-1]), *(None if t is None else t.reshape(1, *t.shape[t.dim() - n:])
                                                          for t, n in zip(tensors[1:], behind[1:]))), shape
-    return [None if t is None else t.expand(*batch, *t.shape[t.dim() - n:]).reshape(math.prod(batch), *t.shape[t.dim() - n:])
-            for t, n in zip(tensors, behind)], shape
+    return [None if t is None else flatten_batch(t, batch, n) for t, n in zip(tensors, behind)], shape
+
+
+def flatten_batch(x: Tensor, batch: torch.Size, behind: int) -> Tensor:
+    """``[*, ...] -> [B, ...]`` with ``behind`` dimensions in ``...``, expanded to the batch dimensions ``batch`` first."""
+    rest = x.shape[x.dim() - behind:]
+    return x.expand(*batch, *rest).reshape(math.prod(batch), *rest)
 
 
 def _check(name, query, support, third, num_classes, scale, scales, normalize, eps, eps_mode, support_mask):

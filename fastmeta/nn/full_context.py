@@ -1,17 +1,10 @@
 """Full context embeddings, all episodes at once: equal to the loops of :mod:`fastmeta.reference.full_context`."""
 
-import math
-
 import torch
 from torch import Tensor
 
 from .. import reference
-
-
-def _one_batch_dimension(x: Tensor, batch: torch.Size, behind: int) -> Tensor:
-    """``[*, ...] -> [B, ...]`` with ``behind`` dimensions in ``...``, expanded to the batch dimensions ``batch`` first."""
-    behind = x.shape[x.dim() - behind:]
-    return x.expand(*batch, *behind).reshape(math.prod(batch), *behind)
+from ..functional.cosine_attention import flatten_batch
 
 
 class SupportEncoder(reference.SupportEncoder):
@@ -26,12 +19,12 @@ class SupportEncoder(reference.SupportEncoder):
         if not support.numel():
             return support
         batch = support.shape[:-2]
-        rows = _one_batch_dimension(support, batch, 2)
+        rows = flatten_batch(support, batch, 2)
         if support_mask is None:
             ahead, back = self._run(rows, "", "_reverse").chunk(2, -1)
             return (rows + ahead + back).view_as(support)
 
-        mask = _one_batch_dimension(support_mask, batch, 1)
+        mask = flatten_batch(support_mask, batch, 1)
         # Position of the j-th real row of each episode, padding behind; and the same read from the last real row to the first.
         order = mask.logical_not().argsort(dim=-1, stable=True)
         steps, lengths = torch.arange(mask.shape[-1], device=mask.device), mask.sum(-1, keepdim=True)
@@ -57,10 +50,10 @@ class QueryEncoder(reference.QueryEncoder):
     def forward(self, query: Tensor, support: Tensor, support_mask: Tensor | None = None) -> Tensor:
         batch = torch.broadcast_shapes(query.shape[:-2], support.shape[:-2])
         shape = (*batch, *query.shape[-2:])
-        query, support = _one_batch_dimension(query, batch, 2), _one_batch_dimension(support, batch, 2)
+        query, support = flatten_batch(query, batch, 2), flatten_batch(support, batch, 2)
         steps, lengths = self.steps, None
         if support_mask is not None:
-            support_mask = _one_batch_dimension(support_mask, batch, 1)
+            support_mask = flatten_batch(support_mask, batch, 1)
             support = torch.where(support_mask.unsqueeze(-1), support, 0.0)
         if steps is None:
             steps = support.shape[-2]
