@@ -6,6 +6,9 @@
 from ..reference.conv4 import Conv4
 from .cosine_attention import CosineAttention
 from .full_context import QueryEncoder, SupportEncoder
+from .lrua_memory import LRUAMemory
+from .mann import MANN, LSTMBaseline, MANNCell
 from .matching_network import MatchingNetwork
 
-__all__ = ["Conv4", "CosineAttention", "MatchingNetwork", "QueryEncoder", "SupportEncoder"]
+__all__ = ["Conv4", "CosineAttention", "LRUAMemory", "LSTMBaseline", "MANN", "MANNCell", "MatchingNetwork", "QueryEncoder",
+           "SupportEncoder"]

@@ -3,7 +3,11 @@
 from .conv4 import Conv4
 from .cosine_attention import CosineAttention, cosine_attention, cosine_scores, matching_log_probs
 from .full_context import QueryEncoder, SupportEncoder
+from .lrua_memory import LRUAMemory, LRUAState, lrua_step, lrua_write, memory_read
+from .mann import MANN, LSTMBaseline, MANNCell
+from .mann_episode import MANNState, mann_episode
 from .matching_network import MatchingNetwork
 
-__all__ = ["Conv4", "CosineAttention", "MatchingNetwork", "QueryEncoder", "SupportEncoder", "cosine_attention", "cosine_scores",
-           "matching_log_probs"]
+__all__ = ["Conv4", "CosineAttention", "LRUAMemory", "LRUAState", "LSTMBaseline", "MANN", "MANNCell", "MANNState", "MatchingNetwork",
+           "QueryEncoder", "SupportEncoder", "cosine_attention", "cosine_scores", "lrua_step", "lrua_write", "mann_episode",
+           "matching_log_probs", "memory_read"]
