@@ -15,16 +15,11 @@
 // and the same for k_j with the sums over i; v is 1, u^2 or u^3 for `clamp`, `add`, `sqrt`, and 0 for a side that is not divided by its norm.
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -32,42 +27,19 @@
 #include <vector>
 
 #include "cpu/simd.h"
-
-// A loop over the lanes of arrays that do not overlap: vector code without a check of that at run time.
-#define FASTMETA_EACH_LANE _Pragma("omp simd") for (int l = 0; l < kLanes<T>; ++l)
+#include "cpu/tensor.h"
 
 namespace fastmeta {
 namespace {
 
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
-// The positions in fastmeta.reference.cosine_attention.NORMALIZE and EPS_MODES.
+// The positions in fastmeta.reference.cosine_attention.NORMALIZE.
 enum Normalize : int64_t { kNone, kSupport, kBoth };
-enum EpsMode : int64_t { kClamp, kAdd, kSqrt };
 enum Needs : int64_t { kNeedsQuery = 1, kNeedsSupport = 2, kNeedsValues = 4 };
 
 // ---- memory -----------------------------------------------------------------------------------------------------------------------
-
-// Uninitialised numbers on a cache line boundary.
-template <typename T> class Buffer {
- public:
-  Buffer() = default;
-  explicit Buffer(int64_t count) {
-    const size_t bytes = (size_t(std::max<int64_t>(count, 1)) * sizeof(T) + 63) / 64 * 64;
-    data_.reset(static_cast<T*>(std::aligned_alloc(64, bytes)));
-    if (!data_) throw std::bad_alloc();
-  }
-  T* get() const { return data_.get(); }
-
- private:
-  struct Free {
-    void operator()(T* p) const { std::free(p); }
-  };
-  std::unique_ptr<T, Free> data_;
-};
 
 // A tensor of up to three dimensions in its own dtype and with its own strides (in elements).
 struct View {
@@ -126,8 +98,6 @@ FASTMETA_INLINE void write_row(const T* from, int64_t count, bool gradient, Scal
 }
 
 // ---- the problem, and how it is cut -----------------------------------------------------------------------------------------------------
-
-int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Range {
   int64_t begin, end;
@@ -206,16 +176,6 @@ template <typename T> void cut_forward(Problem<T>& p) {
 template <typename T> void cut_backward(Problem<T>& p) {
   const int64_t wanted = ceil_divide(kEnoughTasks / 2, std::max<int64_t>(p.batch, 1));
   (p.supports >= p.queries ? p.support_parts : p.query_parts) = std::clamp<int64_t>(std::max(p.supports, p.queries) / 256, 1, wanted);
-}
-
-template <typename Body> void for_each_task(int64_t count, int64_t grain, const Body& body) {
-  auto range = [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) body(i);
-  };
-  if (grain >= count)
-    range(0, count);
-  else
-    torch::stable::parallel_for(0, count, grain, range);
 }
 
 // ---- packing -----------------------------------------------------------------------------------------------------------------------
@@ -782,17 +742,6 @@ FASTMETA_CLONES void run_backward(const Problem<double>& p, int64_t i, const Vie
 
 // ---- the operations ------------------------------------------------------------------------------------------------------------------
 
-// Without the dispatcher, which would be half of the time of a small call.
-Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) {
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t i = sizes.size() - 1; i > 0; --i) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      int64_t(sizes.size()), sizes.data(), strides.data(), torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-      aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
 ScalarType accumulation_type(const Tensor& t) { return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
 
 void check_labels(const Tensor& labels, const std::optional<Tensor>& mask, int64_t num_classes) {
@@ -884,8 +833,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Problem<T> p, const Tensor& 
   return {to_query.tensor, to_support.tensor, to_values.tensor, to_scales};
 }
 
-using Optional = std::optional<Tensor>;
-
 std::tuple<Tensor, Tensor> cosine_attention(Tensor query, Tensor support, Tensor values, Optional mask, Optional scales, double scale,
                                             int64_t normalize, int64_t eps_mode, double eps) {
   auto run = [&](auto zero) {
@@ -901,7 +848,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cosine_attention_backward(Tensor grad
   auto run = [&](auto zero) {
     using T = decltype(zero);
     return backward(make_problem<T>(query, support, values, mask, scales, scale, normalize, eps_mode, eps, values.size(2), true), grad, needs,
-                    query, result, log_sums.is_contiguous() ? log_sums : torch::stable::contiguous(log_sums));
+                    query, result, as_contiguous(log_sums));
   };
   return accumulation_type(query) == ScalarType::Double ? run(double{}) : run(float{});
 }
@@ -923,7 +870,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> matching_log_probs_backward(Tensor gr
   auto run = [&](auto zero) {
     using T = decltype(zero);
     return backward(make_problem<T>(query, support, labels, mask, scales, scale, normalize, eps_mode, eps, num_classes, false), grad, needs,
-                    query, result, log_sums.is_contiguous() ? log_sums : torch::stable::contiguous(log_sums));
+                    query, result, as_contiguous(log_sums));
   };
   return accumulation_type(query) == ScalarType::Double ? run(double{}) : run(float{});
 }

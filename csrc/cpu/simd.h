@@ -4,6 +4,7 @@
 // the baseline, and the loader picks; clang compiles it for what its flags say. All that it calls is always_inline, so that it is compiled with it.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -16,6 +17,8 @@
 #define FASTMETA_INSTRUCTION_SETS "baseline"
 #endif
 #define FASTMETA_INLINE __attribute__((always_inline)) inline
+// A loop over the lanes of arrays that do not overlap: vector code without a check of that at run time.
+#define FASTMETA_EACH_LANE _Pragma("omp simd") for (int l = 0; l < kLanes<T>; ++l)
 
 namespace fastmeta {
 
@@ -38,31 +41,53 @@ template <> struct FloatFormat<double> {
   static constexpr double kLn2High = 6.93145751953125e-1, kLn2Low = 1.42860682030941723212e-6;
 };
 
-// exp(x) for x that is not large, 2^n exp(r) with x = n ln 2 + r; 0 where it would be subnormal, NaN for NaN. No branch and no
-// call, so that a loop over it becomes vector code.
-template <typename T> FASTMETA_INLINE T exp_nonpositive(T x) {
+// exp(x) = power * (1 + tail), for x in [kLowest, 88] (double: 709): x = n ln 2 + r, power = 2^n, tail = exp(r) - 1. No branch and no call,
+// so that a loop over it becomes vector code.
+template <typename T> FASTMETA_INLINE T exp_parts(T x, T& power) {
   using Format = FloatFormat<T>;
   using Integer = typename Format::Integer;
   constexpr T kRound = T(1.5) * T(Integer(1) << Format::kMantissa);  // adding it leaves n in the lowest bits
-  const T y = x < Format::kLowest ? Format::kLowest : x;
-  const T shifted = y * T(1.4426950408889634074) + kRound;
+  const T shifted = x * T(1.4426950408889634074) + kRound;
   const T n = shifted - kRound;
-  const T r = (y - n * Format::kLn2High) - n * Format::kLn2Low;
+  const T r = (x - n * Format::kLn2High) - n * Format::kLn2Low;
   T coefficient = 1;
 #pragma GCC unroll 16
   for (int i = 2; i <= Format::kTerms; ++i) coefficient /= T(i);
   T p = coefficient;
 #pragma GCC unroll 16
-  for (int i = Format::kTerms; i > 0; --i) {
+  for (int i = Format::kTerms; i > 1; --i) {
     coefficient *= T(i);
     p = p * r + coefficient;
   }
   Integer bits;
   std::memcpy(&bits, &shifted, sizeof bits);
   bits = Integer((uint64_t(bits) << Format::kMantissa) + (uint64_t(Format::kBias) << Format::kMantissa));
-  T power;
   std::memcpy(&power, &bits, sizeof power);
-  return x < Format::kLowest ? T(0) : p * power;
+  return p * r;
+}
+
+// exp(x) for x that is not large; 0 where it would be subnormal, NaN for NaN.
+template <typename T> FASTMETA_INLINE T exp_nonpositive(T x) {
+  constexpr T kLowest = FloatFormat<T>::kLowest;
+  T power;
+  const T tail = exp_parts(x < kLowest ? kLowest : x, power);
+  return x < kLowest ? T(0) : (tail + T(1)) * power;
+}
+
+// tanh and the logistic function to a few roundings, small results and the far ends included.
+template <typename T> FASTMETA_INLINE T tanh_of(T x) {
+  constexpr T kLowest = FloatFormat<T>::kLowest;
+  const T y = std::abs(x) * T(-2);
+  T power;
+  const T tail = exp_parts(y < kLowest ? kLowest : y, power);
+  const T expm1 = power * tail + (power - T(1));
+  const T result = -expm1 / (expm1 + T(2));
+  return x < 0 ? -result : result;
+}
+
+template <typename T> FASTMETA_INLINE T sigmoid_of(T x) {
+  const T e = exp_nonpositive(-std::abs(x));
+  return (x < 0 ? e : T(1)) / (T(1) + e);
 }
 
 // log(x) for x >= 1, as sums of exponentials about their largest are: 2 atanh((m - 1) / (m + 1)) + e ln 2 with x = 2^e m. 0 gives -inf, NaN NaN.
@@ -119,18 +144,47 @@ FASTMETA_INLINE void product_tile(int64_t depth, const T* a, int64_t lda, const 
 template <typename T, Left kLeft>
 FASTMETA_INLINE void product(int64_t rows, int64_t depth, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc, bool add) {
   const int64_t step = kLeft == Left::kRows ? lda : 1;
-  int64_t m = 0;
-  for (; m + kTileRows <= rows; m += kTileRows)
-    product_tile<T, kLeft, kTileRows>(depth, a + m * step, lda, b, ldb, c + m * ldc, ldc, add);
-  a += m * step;
-  c += m * ldc;
-  switch (rows - m) {
+  // Tiles of 6 rows, and of 4 where 6 would leave one or two: few sums at a time wait for each other.
+  for (; rows > 8 || rows == kTileRows; rows -= kTileRows, a += kTileRows * step, c += kTileRows * ldc)
+    product_tile<T, kLeft, kTileRows>(depth, a, lda, b, ldb, c, ldc, add);
+  if (rows > kTileRows) {
+    product_tile<T, kLeft, 4>(depth, a, lda, b, ldb, c, ldc, add);
+    rows -= 4, a += 4 * step, c += 4 * ldc;
+  }
+  switch (rows) {
     case 5: product_tile<T, kLeft, 5>(depth, a, lda, b, ldb, c, ldc, add); break;
     case 4: product_tile<T, kLeft, 4>(depth, a, lda, b, ldb, c, ldc, add); break;
     case 3: product_tile<T, kLeft, 3>(depth, a, lda, b, ldb, c, ldc, add); break;
     case 2: product_tile<T, kLeft, 2>(depth, a, lda, b, ldb, c, ldc, add); break;
     case 1: product_tile<T, kLeft, 1>(depth, a, lda, b, ldb, c, ldc, add); break;
   }
+}
+
+template <typename T, int kRows, int kPanels>
+FASTMETA_INLINE void panels_tile(int64_t depth, const T* a, int64_t lda, const T* panels, T* c, int64_t ldc, bool add) {
+  Vector<T> sums[kRows][kPanels];
+  for (int r = 0; r < kRows; ++r)
+    for (int i = 0; i < kPanels; ++i) sums[r][i] = add ? load(c + r * ldc + i * kLanes<T>) : Vector<T>{};
+  for (int64_t k = 0; k < depth; ++k)
+    for (int i = 0; i < kPanels; ++i) {
+      const Vector<T> right = load(panels + (i * depth + k) * kLanes<T>);
+      for (int r = 0; r < kRows; ++r) sums[r][i] += a[r * lda + k] * right;
+    }
+  for (int r = 0; r < kRows; ++r)
+    for (int i = 0; i < kPanels; ++i) store(c + r * ldc + i * kLanes<T>, sums[r][i]);
+}
+
+// c[m][n] = (add ? c : 0) + sum_k a[m][k] b[k][n], with b packed in `count` panels of kLanes columns: [count][depth][kLanes].
+template <typename T>
+FASTMETA_INLINE void product_with_panels(int64_t rows, int64_t depth, const T* a, int64_t lda, const T* panels, int64_t count, T* c, int64_t ldc,
+                                         bool add) {
+  constexpr int64_t L = kLanes<T>;
+  int64_t i = 0;
+  if (rows < 3)  // too few sums at a time with one panel
+    for (; i + 4 <= count; i += 4)
+      rows == 1 ? panels_tile<T, 1, 4>(depth, a, lda, panels + i * depth * L, c + i * L, ldc, add)
+                : panels_tile<T, 2, 4>(depth, a, lda, panels + i * depth * L, c + i * L, ldc, add);
+  for (; i < count; ++i) product<T, Left::kRows>(rows, depth, a, lda, panels + i * depth * L, L, c + i * L, ldc, add);
 }
 
 // Transposes a square of 32 bytes by 32 bytes: one vector of 32 bytes a row, log2 of its length rounds of exchanges.
@@ -169,7 +223,7 @@ template <> struct Square<double> {
   }
 };
 
-// to[j][i] = from[i][j] for i < rows and j < columns, both multiples of kLanes.
+// to[j][i] = from[i][j] for i < rows and j < columns, both multiples of Square<T>::kSize.
 template <typename T> FASTMETA_INLINE void transpose(int64_t rows, int64_t columns, const T* from, int64_t from_ld, T* to, int64_t to_ld) {
   using Row = typename Square<T>::Row;
   constexpr int kSize = Square<T>::kSize;
