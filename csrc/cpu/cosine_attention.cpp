@@ -37,7 +37,7 @@ using torch::headeronly::Half;
 
 // The positions in fastmeta.reference.cosine_attention.NORMALIZE.
 enum Normalize : int64_t { kNone, kSupport, kBoth };
-enum Needs : int64_t { kNeedsQuery = 1, kNeedsSupport = 2, kNeedsValues = 4 };
+enum Needs : int64_t { kNeedsQuery = 1, kNeedsSupport = 2, kNeedsValues = 4, kNeedsScales = 8 };
 
 // ---- memory -----------------------------------------------------------------------------------------------------------------------
 
@@ -815,7 +815,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Problem<T> p, const Tensor& 
   Target<T> to_query(p.dtype, {p.batch, p.queries, p.features}, needs & kNeedsQuery, p.support_parts);
   Target<T> to_support(p.dtype, {p.batch, p.supports, p.features}, needs & kNeedsSupport, p.query_parts);
   Target<T> to_values(p.dtype, {p.batch, p.supports, p.columns}, needs_values, p.query_parts);
-  Tensor to_scales = empty({p.batch}, accumulation_type(query));
+  Tensor to_scales = empty({needs & kNeedsScales ? p.batch : 0}, needs & kNeedsScales ? accumulation_type(query) : p.dtype);
   const Buffer<T> scale_parts(p.tasks());
 
   const Gradients<T> out{needs, to_query.at, to_support.at, to_values.at, scale_parts.get()};
@@ -826,7 +826,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Problem<T> p, const Tensor& 
   to_query.finish(), to_support.finish(), to_values.finish();
   T* scales = static_cast<T*>(to_scales.mutable_data_ptr());
   const int64_t each = p.query_parts * p.support_parts;
-  for (int64_t b = 0; b < p.batch; ++b) {
+  for (int64_t b = 0; b < to_scales.numel(); ++b) {
     scales[b] = 0;
     for (int64_t i = 0; i < each; ++i) scales[b] += scale_parts.get()[b * each + i];
   }

@@ -9,63 +9,73 @@ without a second-order kernel.
 import torch
 from torch.autograd import Function
 
-from ..schemas.cosine_attention import TENSORS, gradients
+from ..schemas.operation import Operation
 
 
-def differentiable(name: str):
-    """``apply(*arguments) -> result`` of operation ``torch.ops.fastmeta.<name>``, with gradients where the arguments ask for them."""
+def differentiable(operation: Operation):
+    """``apply(*arguments) -> visible results`` of the operation, with gradients where the arguments ask for them.
+
+    What the kernel itself finds wrong with the arguments is a ``ValueError``.
+    """
+    name, count, visible = operation.name, operation.tensors, operation.visible
     forward_op = getattr(torch.ops.fastmeta, name).default
     backward_op = getattr(torch.ops.fastmeta, name + "_backward").default
+    bare, saving = ((False,), (True,)) if operation.saves else ((), ())
 
-    def save(ctx, arguments, result, log_sums):
-        ctx.save_for_backward(*arguments[:TENSORS], result, log_sums)
-        ctx.rest = arguments[TENSORS:]
+    def save(ctx, arguments, results, outputs):
+        ctx.save_for_backward(*arguments[:count], *results)
+        ctx.numbers = arguments[count:]
+        constant = [i for i in range(outputs) if i not in operation.differentiable]
+        if constant:
+            ctx.mark_non_differentiable(*(results[i] for i in constant))
 
-    def first_backward(ctx, grad):
-        *tensors, result, log_sums = ctx.saved_tensors
-        of_query, of_support, of_values, _, of_scales, *_ = ctx.needs_input_grad
-        needs = of_query | of_support << 1 | of_values << 2
-        arguments = (grad, needs, *tensors, *ctx.rest, result, log_sums)
+    def first_backward(ctx, *grads):
+        saved = ctx.saved_tensors
+        needs = sum(1 << k for k, position in enumerate(operation.gradients) if ctx.needs_input_grad[position])
+        arguments = (*(grads[i] for i in operation.differentiable), needs, *saved[:count], *ctx.numbers, *saved[count:])
         if torch._C._are_functorch_transforms_active():
-            grads = FunctorchBackward.apply(*arguments)
+            found = FunctorchBackward.apply(*arguments)
         elif torch.is_grad_enabled():
-            grads = Backward.apply(*arguments)
+            found = Backward.apply(*arguments)
         else:
-            grads = backward_op(*arguments)
-        query, support, values, scales = grads
-        return (query if of_query else None, support if of_support else None, values if of_values else None, None,
-                scales if of_scales else None, *(None,) * len(ctx.rest))
+            found = backward_op(*arguments)
+        result = [None] * (count + len(ctx.numbers))
+        for position, gradient in zip(operation.gradients, found):
+            if ctx.needs_input_grad[position]:
+                result[position] = gradient
+        return tuple(result)
+
+    first = len(operation.differentiable)  # gradients among the arguments of the backward
+
+    def save_for_double(ctx, *arguments):
+        ctx.save_for_backward(*arguments[:first], *arguments[first + 1:first + 1 + count])
+        ctx.needs, ctx.numbers = arguments[first], arguments[first + 1 + count:-operation.results]
 
     def double_backward(ctx, *grads_of_grads):
-        grad, *tensors = ctx.saved_tensors
-        used = [i for i, bit in ((0, 1), (1, 2), (2, 4)) if ctx.needs & bit] + ([4] if tensors[4] is not None else [])
-        by_position = dict(zip((0, 1, 2, 4), grads_of_grads))
-        floats = [i for i, t in enumerate(tensors) if t is not None and t.is_floating_point()]
+        grads, tensors = ctx.saved_tensors[:first], ctx.saved_tensors[first:]
+        wanted = operation.needed(ctx.needs)
+        by_position = dict(zip(operation.gradients, grads_of_grads))
+        floats = [i for i in operation.gradients if tensors[i] is not None and tensors[i].is_floating_point()]
 
-        def first_order(grad, *inputs):
+        def first_order(grads, *inputs):
             arguments = list(tensors)
             for i, t in zip(floats, inputs):
                 arguments[i] = t
-            first = gradients(name, grad, arguments, ctx.rest)
-            return tuple(first[i] for i in used)
+            return operation.vjp(grads, arguments, ctx.numbers, wanted)
 
-        pull_back = torch.func.vjp(first_order, grad, *(tensors[i] for i in floats))[1]
-        grad_of_grad, *second = pull_back(tuple(by_position[i] for i in used))
-        result = [None] * TENSORS
+        pull_back = torch.func.vjp(first_order, grads, *(tensors[i] for i in floats))[1]
+        of_grads, *second = pull_back(tuple(by_position[i] for i in wanted))
+        result = [None] * count
         for i, g in zip(floats, second):
             result[i] = g
-        return (grad_of_grad, None, *result, *(None,) * (len(ctx.rest) + 2))
-
-    def save_for_double(ctx, grad, needs, *arguments):
-        ctx.save_for_backward(grad, *arguments[:TENSORS])
-        ctx.needs, ctx.rest = needs, arguments[TENSORS:-2]
+        return (*of_grads, None, *result, *(None,) * (len(ctx.numbers) + operation.results))
 
     class Forward(Function):
         @staticmethod
         def forward(ctx, *arguments):
-            result, log_sums = forward_op(*arguments)
-            save(ctx, arguments, result, log_sums)
-            return result
+            results = forward_op(*arguments, *saving)
+            save(ctx, arguments, results, visible)
+            return results[:visible] if visible > 1 else results[0]
 
         backward = staticmethod(first_backward)
 
@@ -82,16 +92,13 @@ def differentiable(name: str):
 
         @staticmethod
         def forward(*arguments):
-            return forward_op(*arguments)
+            return forward_op(*arguments, *saving)
 
         @staticmethod
-        def setup_context(ctx, arguments, outputs):
-            ctx.mark_non_differentiable(outputs[1])
-            save(ctx, arguments, *outputs)
+        def setup_context(ctx, arguments, results):
+            save(ctx, arguments, results, len(results))
 
-        @staticmethod
-        def backward(ctx, grad, _):
-            return first_backward(ctx, grad)
+        backward = staticmethod(first_backward)
 
     class FunctorchBackward(Function):
         generate_vmap_rule = True
@@ -101,19 +108,27 @@ def differentiable(name: str):
             return backward_op(*arguments)
 
         @staticmethod
-        def setup_context(ctx, arguments, outputs):
+        def setup_context(ctx, arguments, results):
             save_for_double(ctx, *arguments)
 
         backward = staticmethod(double_backward)
 
-    def apply(query, support, third, support_mask, scales, *rest):
-        arguments = (query, support, third, support_mask, scales, *rest)
+    def run(arguments):
         if torch._C._are_functorch_transforms_active():
-            return FunctorchForward.apply(*arguments)[0]
-        if torch.is_grad_enabled() and (query.requires_grad or support.requires_grad or third.requires_grad
-                                        or scales is not None and scales.requires_grad):
-            return Forward.apply(*arguments)
-        return forward_op(*arguments)[0]
+            return FunctorchForward.apply(*arguments)[:visible]
+        if torch.is_grad_enabled() and any(arguments[i] is not None and arguments[i].requires_grad for i in operation.gradients):
+            results = Forward.apply(*arguments)
+            return results if visible > 1 else (results,)
+        return forward_op(*arguments, *bare)[:visible]
+
+    def apply(*arguments):
+        try:
+            return run(arguments)
+        except RuntimeError as error:  # the stable ABI knows this one type of error only
+            message = str(error)
+            if not message.startswith(name):
+                raise
+            raise ValueError(message) from None
 
     for function in (Forward, Backward, FunctorchForward, FunctorchBackward):
         function.__name__ = function.__qualname__ = f"{name}_{function.__name__}"

@@ -6,14 +6,13 @@ import math
 import torch
 from torch import Tensor
 
-from .. import _backend, reference
+from .. import _backend, reference, schemas
 from ..reference.cosine_attention import EPS_MODES, NORMALIZE
-from ..schemas.cosine_attention import NAMES, accumulation_dtype
+from ..schemas.operation import accumulation_dtype
+from ._arguments import FLOATS, INTEGERS, check_choice, check_eps
 from ._autograd import differentiable
 
-_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-_operations = {name: differentiable(name) for name in NAMES}
+_operations = {operation.name: differentiable(operation) for operation in (schemas.cosine_attention, schemas.matching_log_probs)}
 
 
 def cosine_attention(query: Tensor, support: Tensor, values: Tensor, *, scale: float | Tensor = 1.0, normalize: str = "both",
@@ -94,13 +93,7 @@ def _attend(name, query, support, third, num_classes, scale, normalize, eps, eps
         scales = scales.to(accumulation_dtype(query.dtype))
     rest = (float(scale), NORMALIZE.index(normalize), EPS_MODES.index(eps_mode), float(eps), *rest)
     tensors, shape = _flatten_batches(query, support, third, support_mask, scales, num_classes is None)
-    try:
-        result = _operations[name](*tensors, *rest)
-    except RuntimeError as error:  # the stable ABI knows this one type of error only
-        message = str(error)
-        if not message.startswith(name):
-            raise
-        raise ValueError(message) from None
+    result, = _operations[name](*tensors, *rest)
     return result if shape is None else result.view(*shape, result.shape[-1])
 
 
@@ -136,7 +129,7 @@ def _check(name, query, support, third, num_classes, scale, scales, normalize, e
             raise TypeError(f"{name}: {what} must be a tensor, got {type(t).__name__}")
         if t.layout is not torch.strided:
             raise TypeError(f"{name}: {what} must be a dense (strided) tensor, got {t.layout}")
-    if query.dtype not in _FLOATS:
+    if query.dtype not in FLOATS:
         raise TypeError(f"{name}: query must be float32, float64, float16 or bfloat16, got {query.dtype}")
     if support.dtype != query.dtype:
         raise TypeError(f"{name}: support must have the dtype of query, {query.dtype}, got {support.dtype}")
@@ -153,7 +146,7 @@ def _check(name, query, support, third, num_classes, scale, scales, normalize, e
             raise ValueError(f"{name}: values must be [*, S, C] with the S = {support_shape[-2]} of support, got shape {list(third_shape)}")
         batches.append(third_shape[:-2])
     else:
-        if third.dtype not in _INTEGERS:
+        if third.dtype not in INTEGERS:
             raise TypeError(f"{name}: labels must have an integer dtype, got {third.dtype}")
         if len(third_shape) < 1 or third_shape[-1] != support_shape[-2]:
             raise ValueError(f"{name}: labels must be [*, S] with the S = {support_shape[-2]} of support, got shape {list(third_shape)}")
@@ -190,14 +183,9 @@ def _check(name, query, support, third, num_classes, scale, scales, normalize, e
         except RuntimeError:
             raise ValueError(f"{name}: the batch dimensions of query, support, {third_name}, support_mask and scale must broadcast, "
                              f"got {', '.join(str(list(batch)) for batch in batches)}") from None
-    if normalize not in NORMALIZE:
-        raise ValueError(f"{name}: normalize must be one of {', '.join(map(repr, NORMALIZE))}, got {normalize!r}")
-    if eps_mode not in EPS_MODES:
-        raise ValueError(f"{name}: eps_mode must be one of {', '.join(map(repr, EPS_MODES))}, got {eps_mode!r}")
-    if not isinstance(eps, (int, float)) or isinstance(eps, bool):
-        raise TypeError(f"{name}: eps must be a number, got {type(eps).__name__}")
-    if not 0 < eps < math.inf:
-        raise ValueError(f"{name}: eps must be positive and finite, got {eps}")
+    check_choice(name, "normalize", normalize, NORMALIZE)
+    check_choice(name, "eps_mode", eps_mode, EPS_MODES)
+    check_eps(name, eps)
 
 
 def _check_labels_in_range(labels: Tensor, num_classes: int, support_mask: Tensor | None) -> None:

@@ -57,11 +57,11 @@ def lrua_write(memory: Tensor, usage: Tensor, read_weights: Tensor, add: Tensor,
     ``least_used="per_head"`` gives head j the j-th least used slot, ``"shared"`` gives every head all R of them.
     """
     heads, slots = read_weights.shape[-2:]
-    marks = torch.nn.functional.one_hot(least_used_slots(usage, heads), slots).to(gate.dtype)  # [B, R, N]
-    least = marks if least_used == "per_head" else marks.sum(-2, keepdim=True)
+    marks = least_used_slots(usage, heads).unsqueeze(-1) == torch.arange(slots, device=usage.device)  # [B, R, N]
+    least = (marks if least_used == "per_head" else marks.any(-2, keepdim=True)).to(gate.dtype)
     gate = gate.unsqueeze(-1)
     write_weights = gate * read_weights + (1 - gate) * least
-    kept = memory.masked_fill(marks[..., 0, :, None] == 1, 0.0)
+    kept = memory.masked_fill(marks[..., 0, :, None], 0.0)
     return kept + write_weights.mT @ add, write_weights
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, softplus
+from torch.nn.functional import linear
 
 from .lrua_memory import lrua_step
 
@@ -56,7 +56,7 @@ def mann_episode(inputs: Tensor, state: MANNState, weight_ih: Tensor, weight_hh:
         key = key.tanh().unflatten(-1, (heads, width))
         add = add.tanh().unflatten(-1, (heads, width)) if own_add else key
         read, memory, usage, read_weights = lrua_step(
-            memory, usage, read_weights, key, add, gate.sigmoid(), strength=1 + softplus(learned) if strength == "learned" else strength,
+            memory, usage, read_weights, key, add, gate.sigmoid(), strength=1 + torch.logaddexp(learned, learned.new_zeros(())) if strength == "learned" else strength,
             least_used=least_used, read_before_write=read_before_write, eps_mode=eps_mode, eps=eps, usage_decay=usage_decay)
         output = torch.cat([hidden, read.flatten(1)], -1)
         after = MANNState(hidden, cell, read, read_weights, usage, memory)
