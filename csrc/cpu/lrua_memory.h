@@ -300,7 +300,7 @@ FASTMETA_INLINE void address(const Lrua<T>& p, const T* memory, const T* keys, c
     T sum = 0;
     for (int l = 0; l < L; ++l) sum += sums[l];
     const T inverse = T(1) / sum;
-    for (int64_t n = 0; n < p.padded; n += L) store(to + n, load(to + n) * inverse);
+    for (int64_t n = 0; n < p.padded; n += L) store(to + n, inverse * load(to + n));
   }
 }
 

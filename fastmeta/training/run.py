@@ -19,9 +19,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .. import nn as fast
+from .. import reference
 from ..data import Split
 from ..data.cache import atomic_write
 from .checkpoint import load_checkpoint, save_checkpoint
+
+LAYERS = {"fast": fast, "reference": reference}
 
 
 def train(kind: type["Run"], config, data: Split, out: Path, *, resume: bool = False, checkpoint_every: int = 200) -> int:
