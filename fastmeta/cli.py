@@ -3,14 +3,18 @@
 import argparse
 import os
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 
 def _parser() -> argparse.ArgumentParser:
     from . import __version__, data
+    from .data.sequences import LABELS
     from .reference.cosine_attention import NORMALIZE
-    from .training.matching import ENCODERS, LAYERS, PRECISIONS, MatchingConfig
+    from .reference.mann import PRESETS
+    from .training.mann import NETWORKS
+    from .training.matching import ENCODERS, PRECISIONS
+    from .training.run import LAYERS
 
     parser = argparse.ArgumentParser(prog="fastmeta", description="Fused kernels for meta-learning layers: demo, training, evaluation.")
     parser.add_argument("--version", action="version", version=f"fastmeta {__version__}")
@@ -21,49 +25,44 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
 
     train = commands.add_parser("train", help="train a model")
-    models = train.add_subparsers(dest="model", required=True, metavar="MODEL")
-    matching = models.add_parser("matching", help="a Matching Network (Vinyals et al., 2016)")
-    matching.set_defaults(run=_train)
-    defaults = {field.name: field.default for field in fields(MatchingConfig)}
+    kinds = train.add_subparsers(dest="model", required=True, metavar="MODEL")
+    matching = _settings(kinds, "matching", "a Matching Network (Vinyals et al., 2016)")
+    matching("way", "classes of a training episode", type=int)
+    matching("shot", "supports of each class", type=int)
+    matching("queries", "queries of each class", type=int)
+    matching("encoder", "the embedding", choices=tuple(ENCODERS))
+    matching("channels", "of the embedding", type=int)
+    matching("fce", "full context embeddings")
+    matching("fce_steps", "attention steps of the full context embedding", type=int, shown="as many as supports")
+    matching("scale", "factor on the cosine; the paper has 1", type=float)
+    matching("learn_scale", "learn the factor from that start")
+    matching("normalize", "what the similarity divides by its norm", choices=NORMALIZE)
+    matching("precision", "of the embedding while it trains", choices=PRECISIONS)
 
-    def setting(name: str, text: str, **how) -> None:
-        # Only what was given is in the result: --resume takes the rest from the checkpoint.
-        if isinstance(defaults[name], bool):
-            how["action"] = argparse.BooleanOptionalAction
-        shown = how.pop("shown", defaults[name])
-        matching.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, help=f"{text} (default: {shown})", **how)
+    mann = _settings(kinds, "mann", "a memory-augmented network, MANN, or the LSTM that it is compared with (Santoro et al., 2016)")
+    mann("network", "MANN, or the LSTM alone", choices=NETWORKS)
+    mann("classes", "of an episode", type=int)
+    mann("presentations", "images of each class in an episode", type=int)
+    mann("labels", "one symbol for each class, or strings of five letters", choices=LABELS)
+    mann("clip", "largest norm of the gradient, 0 for any", type=float)
+    mann("preset", "whose form of the equations", choices=tuple(PRESETS))
+    mann("strength", "factor on the cosine: a number, or learned", type=_strength, shown="1")
+    mann("hidden_size", "of the LSTM", type=int)
+    mann("memory_slots", "rows of the memory", type=int)
+    mann("memory_width", "numbers in a row", type=int)
+    mann("read_heads", "of the memory", type=int)
+    mann("usage_decay", "what is left of the usage after a step", type=float)
+    mann("side", "of the images, in pixels", type=int)
 
-    setting("way", "classes of a training episode", type=int)
-    setting("shot", "supports of each class", type=int)
-    setting("queries", "queries of each class", type=int)
-    setting("episodes_per_batch", "episodes of one update", type=int)
-    setting("steps", "updates; the learning rate falls to 0 along half a cosine", type=int)
-    setting("lr", "learning rate of Adam at the start", type=float)
-    setting("seed", "decides the weights and the episodes", type=_seed)
-    setting("encoder", "the embedding", choices=tuple(ENCODERS))
-    setting("channels", "of the embedding", type=int)
-    setting("fce", "full context embeddings")
-    setting("fce_steps", "attention steps of the full context embedding", type=int, shown="as many as supports")
-    setting("scale", "factor on the cosine; the paper has 1", type=float)
-    setting("learn_scale", "learn the factor from that start")
-    setting("normalize", "what the similarity divides by its norm", choices=NORMALIZE)
-    setting("data", "the data set", choices=data.SETS)
-    setting("rotations", "train also on the classes turned by 90, 180, 270 degrees", shown="for omniglot")
-    setting("distortion", "strength of the small random distortions of the training images", type=float)
-    setting("validation_classes", "training classes to hold out", type=int)
-    setting("eval_every", "updates between evaluations on the held-out classes, 0 for none", type=int)
-    setting("precision", "of the embedding while it trains", choices=PRECISIONS)
-    setting("layers", "the implementation", choices=tuple(LAYERS))
-    _data_options(matching)
-    matching.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the checkpoint and the log")
-    matching.add_argument("--resume", action="store_true", help="go on with the run in DIR, or start it")
-    matching.add_argument("--checkpoint-every", type=int, default=200, metavar="STEPS", help="(default: %(default)s)")
-
-    evaluate = commands.add_parser("evaluate", help="accuracy of a checkpoint on test classes, with its 95%% interval")
-    evaluate.add_argument("checkpoint", type=Path, help="checkpoint.pt, or the folder of the run")
-    evaluate.add_argument("--way", type=int, default=5, help="classes of an episode (default: %(default)s)")
-    evaluate.add_argument("--shot", type=int, default=1, help="supports of each class (default: %(default)s)")
-    evaluate.add_argument("--queries", type=int, default=15, help="queries of each class (default: %(default)s)")
+    evaluate = commands.add_parser("evaluate", help="accuracy of checkpoints on test classes, with its 95%% interval")
+    evaluate.add_argument("checkpoint", type=Path, nargs="+", help="checkpoint.pt, or the folder of a run")
+    evaluate.add_argument("--way", type=int, default=argparse.SUPPRESS, help="matching: classes of an episode (default: 5)")
+    evaluate.add_argument("--shot", type=int, default=argparse.SUPPRESS, help="matching: supports of each class (default: 1)")
+    evaluate.add_argument("--queries", type=int, default=argparse.SUPPRESS, help="matching: queries of each class (default: 15)")
+    evaluate.add_argument("--classes", type=int, default=argparse.SUPPRESS, help="mann: classes of an episode (default: as in training)")
+    evaluate.add_argument("--presentations", type=int, default=argparse.SUPPRESS,
+                          help="mann: images of each class (default: as in training)")
+    evaluate.add_argument("--plot", type=Path, metavar="PNG", help="mann: the learning curve, and accuracy by presentation")
     evaluate.add_argument("--episodes", type=int, default=1000, help="(default: %(default)s)")
     evaluate.add_argument("--seed", type=_seed, default=0, help="decides the episodes (default: %(default)s)")
     evaluate.add_argument("--data", choices=data.SETS, help="(default: what it was trained on)")
@@ -81,6 +80,44 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--plot", type=Path, metavar="PNG")
     report.set_defaults(run=_bench_report)
     return parser
+
+
+def _settings(kinds, name: str, text: str):
+    """The parser of ``train NAME`` with what every model has; returns ``setting(field, help)`` for the other fields of its configuration."""
+    from . import data
+    from .training.models import MODELS
+    from .training.run import LAYERS
+
+    parser = kinds.add_parser(name, help=text)
+    parser.set_defaults(run=_train)
+    defaults = {field.name: field.default for field in fields(MODELS[name].config)}
+
+    def setting(field: str, text: str, **how) -> None:
+        # Only what was given is in the result: --resume takes the rest from the checkpoint.
+        if isinstance(defaults[field], bool):
+            how["action"] = argparse.BooleanOptionalAction
+        shown = how.pop("shown", defaults[field])
+        parser.add_argument(f"--{field.replace('_', '-')}", default=argparse.SUPPRESS, help=f"{text} (default: {shown})", **how)
+
+    setting("data", "the data set", choices=data.SETS)
+    setting("episodes_per_batch", "episodes of one update", type=int)
+    setting("steps", "updates; the learning rate falls to 0 along half a cosine", type=int)
+    setting("lr", "learning rate of Adam at the start", type=float)
+    setting("seed", "decides the weights and the episodes", type=_seed)
+    setting("rotations", "train also on the classes turned by 90, 180, 270 degrees", shown="for omniglot")
+    setting("distortion", "strength of the small random distortions of the training images", type=float)
+    setting("validation_classes", "training classes to hold out", type=int)
+    setting("eval_every", "updates between evaluations on the held-out classes, 0 for none", type=int)
+    setting("layers", "the implementation", choices=tuple(LAYERS))
+    _data_options(parser)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the checkpoint and the log")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in DIR, or start it")
+    parser.add_argument("--checkpoint-every", type=int, default=200, metavar="STEPS", help="(default: %(default)s)")
+    return setting
+
+
+def _strength(text: str) -> float | str:
+    return text if text == "learned" else float(text)
 
 
 def _seed(text: str) -> int:
@@ -104,34 +141,78 @@ def _load_data(name: str, options: argparse.Namespace, validation_classes: int =
 
 
 def _train(options: argparse.Namespace) -> int:
-    from .training import MatchingConfig, load_checkpoint, train
-    given = {field.name: getattr(options, field.name) for field in fields(MatchingConfig) if hasattr(options, field.name)}
-    settings = {"rotations": given.get("data", MatchingConfig.data) == "omniglot"}
+    from .training import load_checkpoint, train
+    from .training.models import MODELS
+    kind = MODELS[options.model].config
+    given = {field.name: getattr(options, field.name) for field in fields(kind) if hasattr(options, field.name)}
+    settings = {"rotations": given.get("data", kind.data) == "omniglot"}
     if options.resume and (options.out / "checkpoint.pt").exists():
-        settings = load_checkpoint(options.out)["config"]
-    config = MatchingConfig(**{**settings, **given})
+        theirs = load_checkpoint(options.out)["config"]
+        settings = {field.name: theirs[field.name] for field in fields(kind) if field.name in theirs}
+    config = kind(**{**settings, **given})
     data = _load_data(config.data, options, config.validation_classes)
     stopped = train(config, data, options.out, resume=options.resume, checkpoint_every=options.checkpoint_every)
     if os.environ.get("RANK", "0") == "0":
         root = f" --data-root {options.data_root}" if options.data_root else ""
-        print(f"go on with: fastmeta train matching --out {options.out}{root} --resume" if stopped
+        print(f"go on with: fastmeta train {options.model} --out {options.out}{root} --resume" if stopped
               else f"now: fastmeta evaluate {options.out}{root}")
     return 128 + stopped if stopped else 0
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from .training import evaluate, evaluate_pixels, load_model
-    model, config = load_model(options.checkpoint, options.layers)
-    test = _load_data(options.data or config.data, options).test
-    if options.test_rotations:
-        test = test.rotated()
-    task = dict(way=options.way, shot=options.shot, queries=options.queries, episodes=options.episodes, seed=options.seed)
-    print(f"{options.way}-way {options.shot}-shot, {options.queries} queries a class, {len(test.names)} unseen classes, "
-          f"seed {options.seed}")
+    from .training import MANNConfig, load_model
+    if options.plot:
+        from .training.curves import check_picture, draw_curves
+        check_picture(options.plot)
+    runs = [(path, *load_model(path, options.layers)) for path in options.checkpoint]
+    curves = {}
+    for path, model, config in runs:
+        own, other = (_MANN_TASK, _MATCHING_TASK) if isinstance(config, MANNConfig) else (_MATCHING_TASK, _MANN_TASK)
+        strangers = [name for name in other if getattr(options, name, None) is not None]
+        if strangers:
+            raise ValueError(f"--{strangers[0]} has no meaning for {path}: it holds {'MANN' if own is _MANN_TASK else 'a Matching Network'}")
+        test = _load_data(options.data or config.data, options).test
+        if options.test_rotations:
+            test = test.rotated()
+        if len(runs) > 1:
+            print(path)
+        if own is _MANN_TASK:
+            curves[path] = _evaluate_mann(model, config, test, options)
+        else:
+            _evaluate_matching(model, test, options)
+    if options.plot:
+        draw_curves(options.plot, curves)
+        print(f"{options.plot} written")
+    return 0
+
+
+_MATCHING_TASK, _MANN_TASK = ("way", "shot", "queries"), ("classes", "presentations", "plot")
+
+
+def _evaluate_matching(model, test, options: argparse.Namespace) -> None:
+    from .training import evaluate, evaluate_pixels
+    task = {"way": 5, "shot": 1, "queries": 15} | {name: getattr(options, name) for name in _MATCHING_TASK if hasattr(options, name)}
+    print(f"{task['way']}-way {task['shot']}-shot, {task['queries']} queries a class, {len(test.names)} unseen classes, seed {options.seed}")
+    task |= dict(episodes=options.episodes, seed=options.seed)
     print(f"matching network   {evaluate(model, test, **task)}", flush=True)
     if options.baseline:
         print(f"nearest in pixels  {evaluate_pixels(test, **task)}")
-    return 0
+
+
+def _evaluate_mann(model, config, test, options: argparse.Namespace):
+    from .training import evaluate_presentations, evaluate_presentations_pixels
+    if config.labels == "one-hot" and getattr(options, "classes", config.classes) != config.classes:
+        raise ValueError(f"--classes must be {config.classes}, as in training: one-hot labels have a place for each class")
+    config = replace(config, **{name: getattr(options, name) for name in ("classes", "presentations") if hasattr(options, name)})
+    print(f"{config.classes} classes, {config.presentations} presentations of each, {config.labels} labels, {len(test.names)} unseen classes, "
+          f"seed {options.seed}, {options.episodes} episodes")
+    columns = {config.network: evaluate_presentations(model, test, config, episodes=options.episodes, seed=options.seed)}
+    if options.baseline:
+        columns["pixels"] = evaluate_presentations_pixels(test, config, episodes=options.episodes, seed=options.seed)
+    print("presentation  " + "".join(f"{name:<18}" for name in columns))
+    for k, row in enumerate(zip(*columns.values()), 1):
+        print(f"{k:>12}  " + "".join(f"{f'{100 * each.mean:.2f}% ± {100 * each.interval:.2f}%':<18}" for each in row))
+    return config, columns
 
 
 def _demo(options: argparse.Namespace) -> int:

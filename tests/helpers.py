@@ -120,6 +120,26 @@ def numpy_lstm_step(x, h, c, w_ih, w_hh, b_ih, b_hh):
     return sigmoid(o) * np.tanh(c), c
 
 
+def numpy_lrua_step(memory, usage, read_weights, keys, add, gate, strength, least_used, read_before_write, eps_mode, eps, decay):
+    """One episode: ``(read, memory, usage, read_weights)`` from equations.md, section 3, slot by slot."""
+    heads, slots = read_weights.shape
+    order = sorted(range(slots), key=lambda i: (usage[i], i))
+    write_weights = np.empty((heads, slots))
+    for j in range(heads):
+        for i in range(slots):
+            chosen = i == order[j] if least_used == "per_head" else i in order[:heads]
+            write_weights[j, i] = gate[j] * read_weights[j, i] + (1 - gate[j]) * chosen
+    written = memory.copy()
+    written[order[0]] = 0
+    for i in range(slots):
+        for j in range(heads):
+            written[i] += write_weights[j, i] * add[j]
+    scores = numpy_scores(keys, memory if read_before_write else written, 1.0, "both", eps, eps_mode)
+    weights = np.stack([numpy_softmax(strength[j] * scores[j]) for j in range(heads)])
+    read = np.stack([sum(weights[j, i] * written[i] for i in range(slots)) for j in range(heads)])
+    return read, written, decay * usage + weights.sum(0) + write_weights.sum(0), weights
+
+
 def spawn_python(*arguments, environment=None, **options) -> subprocess.Popen:
     """A Python process with the fastmeta of this one: its folder comes before a checkout, without the extension, that pytest runs in."""
     return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=Path(fastmeta.__file__).parents[1], text=True,

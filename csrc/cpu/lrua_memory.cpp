@@ -68,7 +68,7 @@ FASTMETA_INLINE void step_backward_row(const Lrua<T>& p, const Given<T>& in, con
     to_lanes(p, grad.memory, grad_memory.get());
   else
     std::fill_n(grad_memory.get(), p.memory_size(), T(0));
-  auto address_to = [&](const T* addressed) {
+  auto address_to = [&](const T* addressed) FASTMETA_INLINE_LAMBDA {
     address_backward(p, addressed, in.keys, in.strengths, weights.get(), grad_weights.get(), out.keys, grad_memory.get(), out.strengths, scratch);
   };
   if (in.keys) {

@@ -132,7 +132,7 @@ template <typename T> class Scratch {
  public:
   explicit Scratch(const Lrua<T>& p) : data_(3 * p.padded + 4 * p.weights_size() + p.memory_size() + p.heads * p.width + 3 * p.heads) {
     T* at = data_.get();
-    auto take = [&](int64_t count) { return std::exchange(at, at + count); };
+    auto take = [&](int64_t count) FASTMETA_INLINE_LAMBDA { return std::exchange(at, at + count); };
     squares = take(p.padded), inverse_scale = take(p.padded), lanes = take(p.padded);
     cosines = take(p.weights_size()), inverse = take(p.weights_size()), flow = take(p.weights_size()), before = take(p.weights_size());
     scaled = take(p.memory_size());

@@ -278,7 +278,7 @@ template <typename T> FASTMETA_INLINE void backward_group(const Backward<T>& g, 
       of_strengths(p.heads), step_carry(rows * carry_ld);
   Scratch<T> scratch(p);
   // Of the read weights before step t.
-  auto weights_before = [&](int64_t t, int64_t b, T* to) {
+  auto weights_before = [&](int64_t t, int64_t b, T* to) FASTMETA_INLINE_LAMBDA {
     pad_rows(p.heads, p.slots, t ? Line<T>(e, g.tape.lines, t - 1, b).weights : g.from.read_weights + b * weights_count, p.slots, to, p.padded);
   };
   for (int64_t i = 0; i < rows; ++i) {
@@ -326,7 +326,7 @@ template <typename T> FASTMETA_INLINE void backward_group(const Backward<T>& g, 
       write_weights(p, before.get(), gate, slots, written.get());
 
       read_backward(p, new_memory, now.get(), row, of_weights, of_memory);
-      auto address_to = [&](const T* addressed) {
+      auto address_to = [&](const T* addressed) FASTMETA_INLINE_LAMBDA {
         address_backward(p, addressed, keys, strengths, now.get(), of_weights, of_keys.get(), of_memory, of_strengths.get(), scratch);
       };
       if (p.read_before_write) {

@@ -17,6 +17,7 @@
 #define FASTMETA_INSTRUCTION_SETS "baseline"
 #endif
 #define FASTMETA_INLINE __attribute__((always_inline)) inline
+#define FASTMETA_INLINE_LAMBDA __attribute__((always_inline))
 // A loop over the lanes of arrays that do not overlap: vector code without a check of that at run time.
 #define FASTMETA_EACH_LANE _Pragma("omp simd") for (int l = 0; l < kLanes<T>; ++l)
 

@@ -7,6 +7,7 @@ import torch
 
 from . import glyphs, omniglot
 from .episodes import Episode, Episodes, LabelledImages, distort
+from .sequences import Sequence, Sequences
 
 SETS = ("glyphs", "omniglot")
 # How many classes are for training. Omniglot: the usual 1,200 of 1,623 (Vinyals et al., section 4.1.1).
@@ -43,4 +44,4 @@ def load(name: str, root: str | Path | None = None, validation_classes: int = 0)
     return split(glyphs.load() if name == "glyphs" else omniglot.load(root), TRAIN_CLASSES[name], validation_classes)
 
 
-__all__ = ["SETS", "Episode", "Episodes", "LabelledImages", "Split", "distort", "glyphs", "load", "omniglot", "split"]
+__all__ = ["SETS", "Episode", "Episodes", "LabelledImages", "Sequence", "Sequences", "Split", "distort", "glyphs", "load", "omniglot", "split"]

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from .. import _backend, data, functional, reference
 from ..data import Episodes
+from .curves import check_picture
 from .evaluation import Accuracy, evaluate, evaluate_pixels
-from .matching import MatchingConfig, load_model, train
+from .matching import MatchingConfig
+from .models import load_model, train
 
 # Small enough for three minutes on two cores that have other work as well.
 CONFIG = MatchingConfig(way=20, shot=1, queries=4, steps=500, channels=32, validation_classes=100, eval_every=50)
@@ -24,8 +26,7 @@ SEED = 1  # of the test episodes and of the pictured one: the first that it give
 def demo(picture: Path) -> int:
     """Train on the glyphs, test on unseen ones, time the layers, write ``picture``; returns 0, or 128 + the signal that stopped it."""
     started = time.perf_counter()
-    if picture.suffix not in (".png", ".pdf", ".svg"):  # now, not after the training
-        raise ValueError(f"{picture}: a picture ends in .png, .pdf or .svg")
+    check_picture(picture)
     print("glyphs: letters of many scripts in matplotlib's fonts (drawn once, then cached)", flush=True)
     split = data.load("glyphs", validation_classes=CONFIG.validation_classes)
     print(f"{len(split.train.names)} characters to train on, {len(split.validation.names)} to watch, {len(split.test.names)} for the test, "

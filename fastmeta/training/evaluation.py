@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from ..data import Episodes, LabelledImages
+from ..data.sequences import Sequence, Sequences, label_vectors
 
 CHUNK = 500  # images that go through the embedding at once
-BATCH = 16  # episodes that go through the head at once
+BATCH = 16  # episodes that go through the head, or MANN, at once
 
 
 class Accuracy(NamedTuple):
@@ -62,3 +63,56 @@ def evaluate_pixels(data: LabelledImages, *, way: int, shot: int, queries: int, 
         nearest = torch.cdist(episode.query.flatten(1), episode.support.flatten(1)).argmin(1)
         correct.append(episode.support_labels[nearest] == episode.query_labels)
     return _accuracy(torch.stack(correct))
+
+
+def _sequences(data: LabelledImages, config, episodes: int, seed: int) -> Sequences:
+    return Sequences(data, classes=config.classes, presentations=config.presentations, labels=config.labels, side=config.side, seed=seed,
+                     length=episodes)
+
+
+def sequence_logits(model: nn.Module, batch: Sequence, kinds: int) -> Tensor:
+    """Logits of each symbol of the labels, ``[T, B, G, kinds]``."""
+    logits, _ = model(batch.inputs, label_vectors(batch.symbols, kinds))
+    return logits.unflatten(-1, (-1, kinds))
+
+
+def by_presentation(right: Tensor, presentation: Tensor, presentations: int) -> Tensor:
+    """``[T, B]`` in the order of the presentations: ``[presentations, classes, B]``."""
+    return right.gather(0, presentation.argsort(dim=0, stable=True)).unflatten(0, (presentations, -1))
+
+
+@torch.no_grad()
+def evaluate_presentations(model: nn.Module, data: LabelledImages, config, *, episodes: int, seed: int = 0) -> list[Accuracy]:
+    """Accuracy of a :class:`fastmeta.nn.MANN` (or the LSTM) at the first, the second, … presentation of a class, on sequences of ``data``.
+
+    ``config``: a :class:`MANNConfig`: the sequences are like those of the training. At the first presentation nothing can be known but which labels
+    are taken already.
+    """
+    drawn = _sequences(data, config, episodes, seed)
+    training = model.training
+    model.eval()
+    try:
+        right, presentation = [], []
+        for start in range(0, episodes, BATCH):
+            batch = drawn.batch(range(start, min(start + BATCH, episodes)))
+            right.append((sequence_logits(model, batch, drawn.kinds).argmax(-1) == batch.symbols).all(-1))
+            presentation.append(batch.presentation)
+    finally:
+        model.train(training)
+    return [_accuracy(each.T) for each in by_presentation(torch.cat(right, 1), torch.cat(presentation, 1), config.presentations)]
+
+
+def evaluate_presentations_pixels(data: LabelledImages, config, *, episodes: int, seed: int = 0) -> list[Accuracy]:
+    """The same for the label of the nearest image shown before in pixels (Euclidean), on the same sequences; at the first step it is wrong."""
+    drawn = _sequences(data, config, episodes, seed)
+    right, presentation = [], []
+    for start in range(episodes):
+        sequence = drawn[start]
+        distances = torch.cdist(sequence.inputs, sequence.inputs)
+        later = torch.ones_like(distances, dtype=torch.bool).triu()
+        nearest = distances.masked_fill(later, torch.inf).argmin(1)
+        same = (sequence.symbols[nearest] == sequence.symbols).all(-1)
+        same[0] = False
+        right.append(same)
+        presentation.append(sequence.presentation)
+    return [_accuracy(each.T) for each in by_presentation(torch.stack(right, 1), torch.stack(presentation, 1), config.presentations)]

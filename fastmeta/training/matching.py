@@ -80,8 +80,7 @@ class MatchingRun(Run):
 
     name = "matching"
 
-    def build(self) -> nn.Module:
-        return build(self.config)
+    build_model = staticmethod(build)
 
     def draw(self) -> Episodes:
         config = self.config

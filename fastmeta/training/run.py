@@ -68,7 +68,7 @@ class Run:
 
     def __init__(self, config, data: Split, out: Path, resume: bool, rank: int, world: int):
         self.config, self.data, self.out, self.rank, self.world = config, data, out, rank, world
-        self.model = self.build().train()
+        self.model = self.build_model(config).train()
         self.replica = DistributedDataParallel(self.model, broadcast_buffers=False) if world > 1 else self.model
         self.optimizer = torch.optim.Adam(self.model.parameters(), config.lr)
         self.step, self.seconds = 0, 0.0
@@ -88,7 +88,9 @@ class Run:
             if not checkpoint.exists():
                 self._save()  # an early kill, or a folder that cannot be written, shows now
 
-    def build(self) -> nn.Module:
+    @staticmethod
+    def build_model(config) -> nn.Module:
+        """The untrained network, its weights drawn from the seed."""
         raise NotImplementedError
 
     def draw(self):
@@ -118,9 +120,8 @@ class Run:
         theirs = state["config"]
         different = [f"{name} is {theirs.get(name)!r} there, {value!r} here" for name, value in asdict(self.config).items()
                      if theirs.get(name) != value]
-        kind = state.get("kind", "matching")  # what had no name once
-        if kind != self.name:
-            different = [f"it trains {kind}"]
+        if kind_of(state) != self.name:
+            different = [f"it trains {kind_of(state)}"]
         if different:
             raise ValueError(f"{self.out} holds another run: {'; '.join(different)}")
         self.model.load_state_dict(state["model"])
@@ -188,6 +189,11 @@ class Run:
         self.step += 1
         self.window += torch.cat([means, torch.ones(1, dtype=torch.float64)])
         return int(stop)
+
+
+def kind_of(state: dict) -> str:
+    """The name of the model in a checkpoint; Matching Networks were alone once, and had none."""
+    return state.get("kind", "matching")
 
 
 class _Signals:
