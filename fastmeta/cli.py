@@ -14,6 +14,7 @@ def _parser() -> argparse.ArgumentParser:
     from .reference.mann import PRESETS
     from .training.mann import NETWORKS
     from .training.matching import ENCODERS, PRECISIONS
+    from .training.models import MODELS
     from .training.run import LAYERS
 
     parser = argparse.ArgumentParser(prog="fastmeta", description="Fused kernels for meta-learning layers: demo, training, evaluation.")
@@ -21,6 +22,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="train on characters drawn here, test on unseen ones, time the layers, draw a picture")
+    demo.add_argument("model", nargs="?", choices=tuple(MODELS), default="matching", help="(default: %(default)s)")
     demo.add_argument("--out", type=Path, default=Path("fastmeta-demo.png"), metavar="PNG", help="the picture (default: %(default)s)")
     demo.set_defaults(run=_demo)
 
@@ -217,7 +219,7 @@ def _evaluate_mann(model, config, test, options: argparse.Namespace):
 
 def _demo(options: argparse.Namespace) -> int:
     from .training.demo import demo
-    return demo(options.out)
+    return demo(options.model, options.out)
 
 
 def _info(options: argparse.Namespace) -> int:

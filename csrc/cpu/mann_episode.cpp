@@ -64,6 +64,13 @@ template <typename T> struct Tape {
   T* checkpoint(const Episode<T>& e, int64_t t, int64_t b) const {
     return checkpoints + (t / kSegment * e.batch + b) * e.lrua.width * e.lrua.slots;
   }
+
+  // After the end of an episode: zeros, as the products over all lines want them.
+  void leave_blank(const Episode<T>& e, int64_t t, int64_t b) const {
+    std::fill_n(lines + (t * e.batch + b) * e.line(), e.line(), T(0));
+    std::fill_n(slots_of(e, t, b), e.lrua.heads, int64_t(0));
+    if (t % kSegment == 0) std::fill_n(checkpoint(e, t, b), e.lrua.width * e.lrua.slots, T(0));
+  }
 };
 
 // Rows of state, [B][...], as the caller has them.
@@ -179,7 +186,7 @@ template <typename T> FASTMETA_INLINE void forward_group(const Forward<T>& f, in
       const int64_t b = begin + i;
       T *row = carry.get() + i * carried, *row_gates = gates.get() + i * gates_ld, *row_cell = cell.get() + i * e.hidden;
       if (t >= e.length(b)) {
-        if (f.tape.lines) std::fill_n(Line<T>(e, f.tape.lines, t, b).entering, e.entering(), T(0));
+        if (f.tape.lines) f.tape.leave_blank(e, t, b);
         continue;
       }
       if (f.tape.lines) {

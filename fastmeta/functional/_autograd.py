@@ -20,6 +20,8 @@ def differentiable(operation: Operation):
     name, count, visible = operation.name, operation.tensors, operation.visible
     forward_op = getattr(torch.ops.fastmeta, name).default
     backward_op = getattr(torch.ops.fastmeta, name + "_backward").default
+    if operation.calls_torch:
+        forward_op, backward_op = _without_autocast(forward_op), _without_autocast(backward_op)
     bare, saving = ((False,), (True,)) if operation.saves else ((), ())
 
     def save(ctx, arguments, results, outputs):
@@ -133,3 +135,13 @@ def differentiable(operation: Operation):
     for function in (Forward, Backward, FunctorchForward, FunctorchBackward):
         function.__name__ = function.__qualname__ = f"{name}_{function.__name__}"
     return apply
+
+
+def _without_autocast(op):
+    def call(*arguments):
+        device = arguments[0].device.type
+        if device == "meta" or not torch.is_autocast_enabled(device):
+            return op(*arguments)
+        with torch.autocast(device, enabled=False):
+            return op(*arguments)
+    return call

@@ -43,4 +43,4 @@ mann_episode = Operation(
     "Tensor read_weights, Tensor usage, Tensor memory, Tensor? lengths, bool own_add, bool learned_strength, float strength, int least_used, "
     "bool read_before_write, int eps_mode, float eps, float usage_decay",
     tensors=12, gradients=(0, 1, 2, 3, 4, 5, 6, 7, 8, 10), results=10, visible=7, undifferentiable=(5,), reference=_by_reference, fake=_fake,
-    saves=True, folds=False)
+    saves=True, calls_torch=True, folds=False)

@@ -31,6 +31,7 @@ class Operation:
         reference: ``(*tensors, *numbers) -> visible results`` in plain PyTorch, differentiable to any order.
         fake: ``(*tensors, *numbers) -> results`` without contents, as after saving.
         hidden: ``(tensors, numbers, visible results) -> hidden results`` of the fallback; None: zeros, for a backward that needs none.
+        calls_torch: its kernels call PyTorch's products, which autocast would round.
         folds: a vmapped dimension becomes part of the first one of every tensor; else the operation runs once for each.
     """
 
@@ -45,6 +46,7 @@ class Operation:
     undifferentiable: tuple[int, ...] = ()
     hidden: Callable | None = None
     saves: bool = False
+    calls_torch: bool = False
     folds: bool = True
 
     @property

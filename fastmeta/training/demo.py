@@ -1,4 +1,4 @@
-"""``fastmeta demo``: a Matching Network from nothing to a picture, in under three minutes on two cores."""
+"""``fastmeta demo``: a Matching Network, or MANN, from nothing to a picture, in a few minutes on two cores."""
 
 import json
 import statistics
@@ -11,30 +11,54 @@ import torch
 from torch import Tensor
 
 from .. import _backend, data, functional, reference
-from ..data import Episodes
-from .curves import check_picture
-from .evaluation import Accuracy, evaluate, evaluate_pixels
+from .. import nn as fast
+from ..data import Episodes, Sequences
+from .curves import chance, check_picture, draw_curves
+from .evaluation import (Accuracy, evaluate, evaluate_pixels, evaluate_presentations, evaluate_presentations_pixels,
+                         sequence_logits)
+from .mann import MANNConfig
 from .matching import MatchingConfig
 from .models import load_model, train
 
 # Small enough for three minutes on two cores that have other work as well.
 CONFIG = MatchingConfig(way=20, shot=1, queries=4, steps=500, channels=32, validation_classes=100, eval_every=50)
 TESTS = ((5, 1000), (20, 400))  # way, episodes
+MANN_CONFIG = MANNConfig(steps=4000, rotations=True)
+MANN_EPISODES = 400
 SEED = 1  # of the test episodes and of the pictured one: the first that it gives, not the best
 
 
-def demo(picture: Path) -> int:
-    """Train on the glyphs, test on unseen ones, time the layers, write ``picture``; returns 0, or 128 + the signal that stopped it."""
+def demo(model: str, picture: Path) -> int:
+    """Train ``model`` on the glyphs, test on unseen ones, time the layers, write ``picture``; returns 0, or 128 + the signal that stopped it."""
     started = time.perf_counter()
-    check_picture(picture)
+    check_picture(picture)  # now, not after the training
+    stopped = {"matching": _demo_matching, "mann": _demo_mann}[model](picture)
+    if stopped:
+        return 128 + stopped
+    print(f"\n{picture} written; {time.perf_counter() - started:.0f} s in all")
+    return 0
+
+
+def _load(validation_classes: int, episodes: str) -> data.Split:
     print("glyphs: letters of many scripts in matplotlib's fonts (drawn once, then cached)", flush=True)
-    split = data.load("glyphs", validation_classes=CONFIG.validation_classes)
-    print(f"{len(split.train.names)} characters to train on, {len(split.validation.names)} to watch, {len(split.test.names)} for the test, "
-          f"20 images of each; {CONFIG.way}-way {CONFIG.shot}-shot episodes", flush=True)
+    split = data.load("glyphs", validation_classes=validation_classes)
+    watched = f"{len(split.validation.names)} to watch, " if validation_classes else ""
+    print(f"{len(split.train.names)} characters to train on, {watched}{len(split.test.names)} for the test, 20 images of each; {episodes}", flush=True)
+    return split
+
+
+def _announce_race(text: str) -> None:
+    print(f"\n{text + f', forward and backward, {torch.get_num_threads()} threads':<58}  reference       fast")
+    if _backend.missing:
+        print(f"(the compiled kernels are missing, so fast is the reference too: {_backend.missing})")
+
+
+def _demo_matching(picture: Path) -> int:
+    split = _load(CONFIG.validation_classes, f"{CONFIG.way}-way {CONFIG.shot}-shot episodes")
     with tempfile.TemporaryDirectory() as folder:
         stopped = train(CONFIG, split, Path(folder))
         if stopped:
-            return 128 + stopped
+            return stopped
         model, _ = load_model(Path(folder))
         log = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
 
@@ -45,35 +69,74 @@ def demo(picture: Path) -> int:
         results[way] = evaluate(model, split.test, **task), evaluate_pixels(split.test, **task)
         print(f"{way:>2}-way 1-shot                      {str(results[way][0]):<34}{results[way][1]}", flush=True)
 
-    print(f"\nthe matching head, forward and backward, {torch.get_num_threads()} threads     reference      fast")
-    if _backend.missing:
-        print(f"(the compiled kernels are missing, so fast is the reference too: {_backend.missing})")
+    _announce_race("the matching head")
     for episodes in (1, 32):
         slow, quick = _race(episodes)
         shape = f"{episodes}x {CONFIG.way}-way, {CONFIG.way * CONFIG.queries} queries, {CONFIG.channels} features"
         print(f"{shape:<58}{1e3 * slow:8.3f} ms{1e3 * quick:8.3f} ms   {slow / quick:.1f}x", flush=True)
 
     _draw(picture, model, split, log, results)
-    print(f"\n{picture} written; {time.perf_counter() - started:.0f} s in all")
     return 0
 
 
-def _race(episodes: int, rounds: int = 60) -> tuple[float, float]:
-    """Median seconds of the reference and of the fast head on the demo's episodes, in turns so that both see the same machine."""
+def _demo_mann(picture: Path) -> int:
+    config = MANN_CONFIG
+    steps = config.classes * config.presentations
+    split = _load(0, f"episodes of {config.classes} classes and {steps} images, each label shown one step late")
+    with tempfile.TemporaryDirectory() as folder:
+        stopped = train(config, split, Path(folder))
+        if stopped:
+            return stopped
+        model, _ = load_model(Path(folder))
+        columns = {"MANN": evaluate_presentations(model, split.test, config, episodes=MANN_EPISODES, seed=SEED),
+                   "nearest in pixels": evaluate_presentations_pixels(split.test, config, episodes=MANN_EPISODES, seed=SEED)}
+        print(f"\nunseen characters, {MANN_EPISODES} episodes     {'MANN':<22}nearest in pixels so far")
+        for k, row in enumerate(zip(*columns.values()), 1):
+            print(f"presentation {k:<21}" + "".join(f"{f'{100 * each.mean:.1f}% ± {100 * each.interval:.1f}%':<22}" for each in row), flush=True)
+        print(f"(a guess is right in {100 * chance(config):.0f}%; at the first presentation one can know which labels are taken, no more)")
+
+        _announce_race("an episode of MANN")
+        for episodes in (1, config.episodes_per_batch):
+            slow, quick = _race_episodes(config, split, episodes)
+            print(f"{f'{episodes}x {steps} steps':<58}{1e3 * slow:8.1f} ms{1e3 * quick:8.1f} ms   {slow / quick:.1f}x", flush=True)
+        draw_curves(picture, {Path(folder): (config, columns)})
+    return 0
+
+
+def _in_turns(slow: Callable[[], object], quick: Callable[[], object], warm: int, rounds: int) -> tuple[float, float]:
+    """Median seconds of both, in turns so that they see the same machine."""
+    def seconds(call: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    pairs = [(seconds(slow), seconds(quick)) for _ in range(warm + rounds)]
+    return tuple(statistics.median(times) for times in zip(*pairs[warm:]))
+
+
+def _race(episodes: int) -> tuple[float, float]:
+    """The reference and the fast head on the demo's episodes."""
     generator = torch.Generator().manual_seed(0)
     way, shape = CONFIG.way, (CONFIG.way * CONFIG.queries, CONFIG.channels)
     query = torch.rand(episodes, *shape, generator=generator).requires_grad_()
     support = torch.rand(episodes, way, shape[1], generator=generator).requires_grad_()
     labels = torch.arange(way).expand(episodes, way)
 
-    def seconds(head: Callable[..., Tensor]) -> float:
-        start = time.perf_counter()
-        torch.autograd.grad(head(query, support, labels, way, scale=CONFIG.scale).sum(), (query, support))
-        return time.perf_counter() - start
+    def call(head: Callable[..., Tensor]):
+        return lambda: torch.autograd.grad(head(query, support, labels, way, scale=CONFIG.scale).sum(), (query, support))
 
-    pairs = [(seconds(reference.matching_log_probs), seconds(functional.matching_log_probs)) for _ in range(10 + rounds)]
-    slow, quick = zip(*pairs[10:])
-    return statistics.median(slow), statistics.median(quick)
+    return _in_turns(call(reference.matching_log_probs), call(functional.matching_log_probs), warm=10, rounds=60)
+
+
+def _race_episodes(config: MANNConfig, split: data.Split, episodes: int) -> tuple[float, float]:
+    """The reference and the fast MANN on sequences of the demo."""
+    batch = Sequences(split.test, classes=config.classes, presentations=config.presentations, side=config.side).batch(range(episodes))
+
+    def call(layers):
+        model = layers.MANN(config.side**2, config.classes)
+        return lambda: sequence_logits(model, batch, config.classes).sum().backward()
+
+    return _in_turns(call(reference), call(fast), warm=1, rounds=5)
 
 
 @torch.no_grad()
