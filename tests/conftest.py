@@ -18,3 +18,12 @@ def backend(request):
         pytest.skip(f"the extension is not loaded ({_backend.missing})")
     with _backend.use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def one_thread():
+    """As in the processes that the tests start: the last bits of a convolution, or a library's product, depend on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -1,6 +1,7 @@
 """What several tests share: options, inputs of every batch form, comparison with float64, and the equations once more in numpy."""
 
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -144,3 +145,26 @@ def spawn_python(*arguments, environment=None, **options) -> subprocess.Popen:
     """A Python process with the fastmeta of this one: its folder comes before a checkout, without the extension, that pytest runs in."""
     return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=Path(fastmeta.__file__).parents[1], text=True,
                             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **(environment or {})}, **options)
+
+
+def spawn_cli(*arguments, module=("fastmeta",), **options):
+    """The command line in a process with one thread."""
+    return spawn_python("-m", *module, *arguments, environment={"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                        **options)
+
+
+def finish(process, status):
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == status, output
+    return output
+
+
+def assert_equal_state(a, b):
+    assert a.keys() == b.keys()
+    for key in a:
+        assert torch.equal(a[key], b[key]), key
+
+
+def log_of(folder):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]

@@ -3,53 +3,24 @@
 import json
 import math
 import signal
-import subprocess
 import time
 
 import pytest
 import torch
-from helpers import spawn_python
+from helpers import assert_equal_state, finish, log_of, spawn_cli
 from torch import nn
 
 from fastmeta import data
 from fastmeta import nn as fast
 from fastmeta.data import Episodes, LabelledImages, Split
-from fastmeta.training import (MatchingConfig, build, evaluate, evaluate_pixels, load_checkpoint, load_model, matching,
+from fastmeta.training import (MatchingConfig, build, evaluate, evaluate_pixels, load_checkpoint, load_model, run,
                                save_checkpoint, train)
 from fastmeta.training.evaluation import _accuracy
 
 TINY = dict(way=5, queries=2, channels=8, steps=60)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As in the processes that the tests start: the last bits of a convolution depend on the number of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def spawn(*arguments, module=("fastmeta",), **options):
-    return spawn_python("-m", *module, *arguments, environment={"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                        **options)
-
-
-def finish(process, status):
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == status, output
-    return output
-
-
-def assert_equal_state(a, b):
-    assert a.keys() == b.keys()
-    for key in a:
-        assert torch.equal(a[key], b[key]), key
-
-
-def log_of(folder):
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_killed_and_interrupted_run_ends_like_an_uninterrupted_one(tmp_path):
@@ -68,7 +39,7 @@ def test_killed_and_interrupted_run_ends_like_an_uninterrupted_one(tmp_path):
             assert process.poll() is None, process.communicate()[0]
             time.sleep(.002)
 
-    process = spawn(*command)
+    process = spawn_cli(*command)
     wait_for(10, process)
     process.kill()
     finish(process, -signal.SIGKILL)
@@ -77,7 +48,7 @@ def test_killed_and_interrupted_run_ends_like_an_uninterrupted_one(tmp_path):
     with open(cut / "log.jsonl", "a") as log:
         log.write('{"step": 59, "loss": 0.1}\n' + torn)  # lines of steps that no checkpoint has, the last one torn
 
-    process = spawn("train", "matching", "--resume", "--out", cut)  # the settings come from the checkpoint
+    process = spawn_cli("train", "matching", "--resume", "--out", cut)  # the settings come from the checkpoint
     wait_for(killed_at + 4, process)
     process.send_signal(signal.SIGINT)
     output = finish(process, 128 + signal.SIGINT)
@@ -85,7 +56,7 @@ def test_killed_and_interrupted_run_ends_like_an_uninterrupted_one(tmp_path):
     assert killed_at < stopped_at < 60
     assert f"stopped after step {stopped_at} of 60" in output and f"--out {cut} --resume" in output
 
-    finish(spawn(*command, "--resume"), 0)
+    finish(spawn_cli(*command, "--resume"), 0)
     whole, resumed = load_checkpoint(tmp_path / "whole"), load_checkpoint(cut)
     assert resumed["step"] == whole["step"] == 60
     assert_equal_state(resumed["model"], whole["model"])
@@ -96,7 +67,7 @@ def test_two_processes_do_what_one_does(tmp_path):
     config = MatchingConfig(**{**TINY, "steps": 8}, episodes_per_batch=4, lr=1e-3)
     train(config, data.load("glyphs"), tmp_path / "one")
     arguments = ["train", "matching", "--way", 5, "--queries", 2, "--channels", 8, "--steps", 8, "--lr", 1e-3, "--episodes-per-batch", 4]
-    finish(spawn("--standalone", "--nproc-per-node", 2, "-m", "fastmeta", *arguments, "--out", tmp_path / "two",
+    finish(spawn_cli("--standalone", "--nproc-per-node", 2, "-m", "fastmeta", *arguments, "--out", tmp_path / "two",
                  module=("torch.distributed.run",)), 0)
     one, two = load_checkpoint(tmp_path / "one")["model"], load_checkpoint(tmp_path / "two")["model"]
     start = build(config).state_dict()
@@ -210,7 +181,7 @@ def test_a_run_is_not_overwritten_nor_mixed(tmp_path):
 
 
 def test_uneven_shares_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(matching, "_processes", lambda: matching.contextlib.nullcontext((0, 2)))
+    monkeypatch.setattr(run, "_processes", lambda: run.contextlib.nullcontext((0, 2)))
     with pytest.raises(ValueError, match="3 episodes a step cannot be shared evenly by 2 processes"):
         train(MatchingConfig(**TINY, episodes_per_batch=3), Split(None, None, None), tmp_path)
 
