@@ -179,8 +179,8 @@ def test_it_learns(tmp_path):
     for c in range(4):
         images[labels == c, :, 2 * (c // 2):2 * (c // 2) + 2, 2 * (c % 2):2 * (c % 2) + 2] += 180
     corners = LabelledImages(images, labels, tuple("abcd"))
-    config = MANNConfig(classes=2, presentations=5, hidden_size=32, memory_slots=16, memory_width=8, read_heads=2, steps=400, lr=5e-3, side=4,
-                        validation_classes=1, eval_every=200)
+    config = MANNConfig(classes=2, presentations=5, hidden_size=32, memory_slots=16, memory_width=8, read_heads=2, steps=800, lr=1e-2, side=4,
+                        validation_classes=1, eval_every=400)
     assert train(config, Split(corners, corners, corners), tmp_path) == 0
     model, _ = load_model(tmp_path)
     each = evaluate_presentations(model, corners, config, episodes=200)

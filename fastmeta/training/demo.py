@@ -23,7 +23,7 @@ from .models import load_model, train
 # Small enough for three minutes on two cores that have other work as well.
 CONFIG = MatchingConfig(way=20, shot=1, queries=4, steps=500, channels=32, validation_classes=100, eval_every=50)
 TESTS = ((5, 1000), (20, 400))  # way, episodes
-MANN_CONFIG = MANNConfig(steps=4000, rotations=True)
+MANN_CONFIG = MANNConfig(steps=4000, strength="learned", rotations=True)
 MANN_EPISODES = 400
 SEED = 1  # of the test episodes and of the pictured one: the first that it gives, not the best
 
