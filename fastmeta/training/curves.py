@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from itertools import cycle
 from pathlib import Path
 
 from ..data.sequences import label_shape
@@ -18,7 +19,7 @@ def check_picture(picture: Path) -> None:
 
 def plot_presentations(axes, named: dict[str, list[Accuracy]], chance: float) -> None:
     """One curve with 95% intervals for each name."""
-    for color, (name, each) in zip(COLORS, named.items()):
+    for color, (name, each) in zip(cycle(COLORS), named.items()):
         ks = range(1, len(each) + 1)
         # Without an interval where one episode gives none.
         axes.errorbar(ks, [100 * a.mean for a in each], [100 * a.interval if a.interval == a.interval else 0 for a in each], color=color,
@@ -39,7 +40,7 @@ def read_log(folder: Path) -> list[dict]:
 def plot_learning(axes, logs: dict[str, list[dict]], presentations: tuple[int, ...] = (1, 2, 5, 10)) -> None:
     """Accuracy on the training episodes: one run by presentation, of several runs the second presentation of each."""
     several = len(logs) > 1
-    for color, (name, lines) in zip(COLORS, logs.items()):
+    for color, (name, lines) in zip(cycle(COLORS), logs.items()):
         # Means over some lines: one batch is too coarse for a curve.
         size = max(1, len(lines) // 50)
         groups = [lines[i:i + size] for i in range(0, len(lines), size)]
@@ -63,10 +64,10 @@ def draw_curves(picture: Path, results: dict[Path, tuple]) -> None:
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     folders = {path: path if path.is_dir() else path.parent for path in results}
-    plot_learning(left, {folder.name: read_log(folder) for folder in folders.values()})
+    plot_learning(left, {str(folder): read_log(folder) for folder in folders.values()})
 
     def label(path: Path, name: str) -> str:
-        return name if len(results) == 1 else f"{folders[path].name}, {name}"
+        return name if len(results) == 1 else f"{folders[path]}, {name}"
 
     plot_presentations(right, {label(path, name): each for path, (_, columns) in results.items() for name, each in columns.items()},
                        chance(next(iter(results.values()))[0]))
