@@ -55,7 +55,7 @@ def differentiable(operation: Operation):
 
     def double_backward(ctx, *grads_of_grads):
         grads, tensors = ctx.saved_tensors[:first], ctx.saved_tensors[first:]
-        wanted = operation.needed(ctx.needs)
+        wanted = operation.needed(ctx.needs, tensors)
         by_position = dict(zip(operation.gradients, grads_of_grads))
         floats = [i for i in operation.gradients if tensors[i] is not None and tensors[i].is_floating_point()]
 

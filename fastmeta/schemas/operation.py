@@ -53,9 +53,9 @@ class Operation:
     def differentiable(self) -> tuple[int, ...]:
         return tuple(i for i in range(self.visible) if i not in self.undifferentiable)
 
-    def needed(self, needs: int) -> list[int]:
-        """Positions of the tensors whose gradients the bits of ``needs`` ask for."""
-        return [position for k, position in enumerate(self.gradients) if needs >> k & 1]
+    def needed(self, needs: int, tensors) -> list[int]:
+        """Positions of the tensors whose gradients the bits of ``needs`` ask for; integers have none."""
+        return [position for k, position in enumerate(self.gradients) if needs >> k & 1 and tensors[position].is_floating_point()]
 
     def vjp(self, grads, tensors, numbers, wanted) -> tuple[Tensor, ...]:
         """The gradients of the tensors at the positions ``wanted``, by the reference function."""
@@ -92,7 +92,7 @@ class Operation:
 
     def _fake_backward(self, *arguments):
         _, needs, tensors, _ = self._parts(arguments)
-        needed = self.needed(needs)
+        needed = self.needed(needs, tensors)
         return tuple(torch.empty_like(tensors[i], memory_format=torch.contiguous_format) if i in needed else tensors[0].new_empty(0)
                      for i in self.gradients)
 
@@ -113,7 +113,7 @@ class Operation:
 
     def _fallback_backward(self, *arguments):
         grads, needs, tensors, numbers = self._parts(arguments)
-        needed = self.needed(needs)
+        needed = self.needed(needs, tensors)
         with torch.enable_grad():
             found = self.vjp(_accumulating(grads), _accumulating(tensors), numbers, needed)
         found = {i: g.detach().to(tensors[i].dtype).contiguous() for i, g in zip(needed, found)}
