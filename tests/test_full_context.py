@@ -252,7 +252,11 @@ def test_autocast(name):
     exact = slow.double()(*(a.double() for a in args))
     slow.float()
     with torch.autocast("cpu", torch.bfloat16):
-        ours, eager = fast(*args), slow(*args)
+        ours = fast(*args)
+        try:
+            eager = slow(*args)
+        except RuntimeError:  # PyTorch's own LSTM, on a processor without instructions for bfloat16
+            eager = exact
         ours.float().sum().backward()
     error, allowed = ((x.double() - exact).abs().max().item() for x in (ours, eager))
     assert error <= 2 * allowed + 2 * torch.finfo(torch.bfloat16).eps

@@ -40,8 +40,16 @@ class SupportEncoder(reference.SupportEncoder):
         """The LSTM with the weights of these directions, the second reading backwards: ``[B, S, D] -> [B, S, D * len(directions)]``."""
         weights = [self.lstm[name + direction] for direction in directions
                    for name in ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")]
-        start = rows.new_zeros(len(directions), len(rows), self.feature_dim)
-        return torch.lstm(rows, (start, start), weights, True, 1, 0.0, self.training, len(directions) == 2, True)[0]
+        if rows.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+            # In float32: PyTorch's LSTM raises in half precision on a processor that has no instructions for it.
+            with torch.autocast("cpu", enabled=False):
+                return self._lstm(rows.to(weights[0].dtype), weights)
+        return self._lstm(rows, weights)
+
+    def _lstm(self, rows: Tensor, weights: list[Tensor]) -> Tensor:
+        directions = len(weights) // 4
+        start = rows.new_zeros(directions, len(rows), self.feature_dim)
+        return torch.lstm(rows, (start, start), weights, True, 1, 0.0, self.training, directions == 2, True)[0]
 
 
 class QueryEncoder(reference.QueryEncoder):
