@@ -28,7 +28,7 @@ def plot_presentations(axes, named: dict[str, list[Accuracy]], chance: float) ->
     axes.set(title="Accuracy by presentation, unseen classes", xlabel="presentation of a class in the episode", ylabel="accuracy (%)", ylim=(0, 100))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=.3)
-    axes.legend(loc="lower right")
+    axes.legend(loc="best")
 
 
 def read_log(folder: Path) -> list[dict]:
@@ -67,7 +67,9 @@ def draw_curves(picture: Path, results: dict[Path, tuple]) -> None:
     plot_learning(left, {str(folder): read_log(folder) for folder in folders.values()})
 
     def label(path: Path, name: str) -> str:
-        return name if len(results) == 1 else f"{folders[path]}, {name}"
+        if len(results) == 1:
+            return name
+        return f"{folders[path]}, {name}" if len(results[path][1]) > 1 else str(folders[path])
 
     plot_presentations(right, {label(path, name): each for path, (_, columns) in results.items() for name, each in columns.items()},
                        chance(next(iter(results.values()))[0]))
