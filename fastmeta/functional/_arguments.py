@@ -1,5 +1,6 @@
 """What is asked of arguments before anything is computed, with one wording of the errors."""
 
+import contextlib
 import math
 from typing import NamedTuple
 
@@ -59,6 +60,11 @@ def prepare(function: str, arguments: dict[str, tuple[Tensor | None, str]], size
                              f"got shape {list(shape)}")
         tensors.append(t if t.dtype == compute else t.to(compute))
     return Prepared(tensors, dtype, sizes, autocast)
+
+
+def without_autocast(autocast: bool, device_type: str):
+    """A context in which PyTorch computes in the dtype it is given; ``autocast``: whether there is any to leave."""
+    return torch.autocast(device_type, enabled=False) if autocast else contextlib.nullcontext()
 
 
 def restore(tensors, dtype: torch.dtype):

@@ -1,6 +1,5 @@
 """Cosine attention over a support set: Matching Networks (Vinyals et al., 2016), section 2.1."""
 
-import contextlib
 import math
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor
 from .. import _backend, reference, schemas
 from ..reference.cosine_attention import EPS_MODES, NORMALIZE
 from ..schemas.operation import accumulation_dtype
-from ._arguments import FLOATS, INTEGERS, check_choice, check_eps
+from ._arguments import FLOATS, INTEGERS, check_choice, check_eps, is_number, without_autocast
 from ._autograd import differentiable
 
 _operations = {operation.name: differentiable(operation) for operation in (schemas.cosine_attention, schemas.matching_log_probs)}
@@ -83,7 +82,7 @@ def _attend(name, query, support, third, num_classes, scale, normalize, eps, eps
     if _backend.select(backend, query.device.type, name) == "reference":
         if num_classes is not None:
             _check_labels_in_range(third, num_classes, support_mask)
-        with torch.autocast(query.device.type, enabled=False) if autocast else contextlib.nullcontext():
+        with without_autocast(autocast, query.device.type):
             return getattr(reference, name)(query, support, third, *rest, scale=scale if scales is None else scales, normalize=normalize,
                                             eps=eps, eps_mode=eps_mode, support_mask=support_mask)
 
@@ -175,7 +174,7 @@ def _check(name, query, support, third, num_classes, scale, scales, normalize, e
         if scales.device != device:
             raise ValueError(f"{name}: scale must be on the device of query, {device}, got {scales.device}")
         batches.append(scales.shape)
-    elif not isinstance(scale, (int, float)) or isinstance(scale, bool):
+    elif not is_number(scale):
         raise TypeError(f"{name}: scale must be a number or a floating tensor, got {type(scale).__name__}")
     if any(batch != batches[0] for batch in batches):
         try:

@@ -1,15 +1,13 @@
 """An external memory with least-recently-used access: MANN (Santoro et al., 2016), sections 3.1 and 3.2."""
 
-import contextlib
 import math
 
-import torch
 from torch import Tensor
 
 from .. import _backend, reference, schemas
 from ..reference.cosine_attention import EPS_MODES
 from ..reference.lrua_memory import LEAST_USED
-from ._arguments import check_choice, check_eps, is_number, prepare, restore
+from ._arguments import check_choice, check_eps, is_number, prepare, restore, without_autocast
 from ._autograd import differentiable
 
 _operations = {operation.name: differentiable(operation) for operation in (schemas.memory_read, schemas.lrua_write, schemas.lrua_step)}
@@ -44,7 +42,7 @@ def memory_read(memory: Tensor, keys: Tensor, *, strength: float | Tensor | None
     check_eps(name, eps)
     memory, keys, strengths = given.tensors
     if _backend.select(backend, memory.device.type, name) == "reference":
-        with without_autocast(given, memory):
+        with without_autocast(given.autocast, memory.device.type):
             results = reference.memory_read(memory, keys, strength=number if strengths is None else strengths, eps_mode=eps_mode, eps=eps)
     else:
         results = _operations[name](memory, keys, strengths, number, EPS_MODES.index(eps_mode), float(eps))
@@ -75,7 +73,7 @@ def lrua_write(memory: Tensor, usage: Tensor, read_weights: Tensor, add: Tensor,
     check_heads(name, given.sizes)
     check_choice(name, "least_used", least_used, LEAST_USED)
     if _backend.select(backend, memory.device.type, name) == "reference":
-        with without_autocast(given, memory):
+        with without_autocast(given.autocast, memory.device.type):
             results = reference.lrua_write(*given.tensors, least_used=least_used)
     else:
         results = _operations[name](*given.tensors, LEAST_USED.index(least_used))
@@ -107,7 +105,7 @@ def lrua_step(memory: Tensor, usage: Tensor, read_weights: Tensor, keys: Tensor,
     check_step_options(name, least_used, read_before_write, eps_mode, eps, usage_decay)
     *tensors, strengths = given.tensors
     if _backend.select(backend, memory.device.type, name) == "reference":
-        with without_autocast(given, memory):
+        with without_autocast(given.autocast, memory.device.type):
             results = reference.lrua_step(*tensors, strength=number if strengths is None else strengths, least_used=least_used,
                                           read_before_write=read_before_write, eps_mode=eps_mode, eps=eps, usage_decay=usage_decay)
     else:
@@ -144,8 +142,3 @@ def check_step_options(name, least_used, read_before_write, eps_mode, eps, usage
         raise TypeError(f"{name}: usage_decay must be a number, got {type(usage_decay).__name__}")
     if not 0 <= usage_decay <= 1:
         raise ValueError(f"{name}: usage_decay must be in [0, 1], got {usage_decay}")
-
-
-def without_autocast(given, tensor: Tensor):
-    """A context in which the reference computes in the dtype it is given."""
-    return torch.autocast(tensor.device.type, enabled=False) if given.autocast else contextlib.nullcontext()

@@ -7,9 +7,9 @@ from .. import _backend, reference, schemas
 from ..reference.cosine_attention import EPS_MODES
 from ..reference.lrua_memory import LEAST_USED
 from ..reference.mann_episode import MANNState
-from ._arguments import INTEGERS, prepare, restore
+from ._arguments import INTEGERS, prepare, restore, without_autocast
 from ._autograd import differentiable
-from .lrua_memory import check_heads, check_step_options, split_strength, without_autocast
+from .lrua_memory import check_heads, check_step_options, split_strength
 
 _operation = differentiable(schemas.mann_episode)
 
@@ -76,7 +76,7 @@ def mann_episode(inputs: Tensor, state: MANNState, weight_ih: Tensor, weight_hh:
     if chosen == "reference":
         if lengths is not None:
             _check_lengths_in_range(name, lengths, steps)
-        with without_autocast(given, inputs):
+        with without_autocast(given.autocast, inputs.device.type):
             outputs, state = reference.mann_episode(
                 inputs, MANNState(*state), weight_ih, weight_hh, bias, head_weight, head_bias, lengths=lengths, own_add=own_add,
                 strength="learned" if learned else number, least_used=least_used, read_before_write=read_before_write,
