@@ -1,9 +1,15 @@
+import zlib
+
+import emulation
 import pytest
 import torch
 
 from fastmeta import _backend
 
-AVAILABLE = [b for b in _backend.BACKENDS if b != "cpp" or _backend._C is not None]
+# What a test that takes ``backend`` runs on. The kernels of the GPU run on the PTX machine, on CPU tensors, and on a GPU where there is one.
+ON_CPU = ("cpp", "reference")
+ON_MACHINE = {"cuda": "cpp", "triton": "triton"}
+ON_GPU = {"cuda-gpu": "cpp", "triton-gpu": "triton", "reference-gpu": "reference"}
 
 
 @pytest.fixture(autouse=True)
@@ -11,13 +17,35 @@ def seed():
     torch.manual_seed(20160613)
 
 
-@pytest.fixture(params=_backend.BACKENDS)
+def pytest_generate_tests(metafunc):
+    if "backend" in metafunc.fixturenames:
+        runs = list(ON_CPU)
+        if getattr(metafunc.module, "HAS_GPU_KERNELS", False):
+            runs += [*ON_MACHINE, *(pytest.param(name, marks=pytest.mark.gpu) for name in ON_GPU)]
+        metafunc.parametrize("backend", runs, indirect=True)
+
+
+@pytest.fixture
 def backend(request):
-    """Runs the test on every backend of this installation; what is chosen is chosen for the whole test."""
-    if request.param not in AVAILABLE:
-        pytest.skip(f"the extension is not loaded ({_backend.missing})")
-    with _backend.use_backend(request.param):
-        yield request.param
+    """Runs the test on one implementation, on whose device the tensors of the test are made; what is chosen is chosen for the whole test."""
+    name = request.param
+    if name in ON_MACHINE:
+        missing = emulation.cuda_is_missing() if name == "cuda" else emulation.triton_is_missing()
+        if missing:
+            pytest.skip(missing)
+        seed = zlib.crc32(request.node.nodeid.encode())  # every test has an order of blocks and warps of its own
+        with emulation.emulated(ON_MACHINE[name], (emulation.CudaEmulator if name == "cuda" else emulation.TritonEmulator)(seed)):
+            yield name
+    elif name in ON_GPU:
+        if not torch.cuda.is_available():
+            pytest.skip("there is no GPU")
+        with torch.device("cuda"), _backend.use_backend(ON_GPU[name]):
+            yield name
+    else:
+        if name == "cpp" and _backend._C is None:
+            pytest.skip(f"the extension is not loaded ({_backend.missing})")
+        with _backend.use_backend(name):
+            yield name
 
 
 @pytest.fixture

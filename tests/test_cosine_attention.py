@@ -14,6 +14,9 @@ import fastmeta
 from fastmeta import functional, reference
 from fastmeta.functional import cosine_attention, matching_log_probs
 
+HAS_GPU_KERNELS = True  # conftest.py
+KERNELS_OF_THE_GPU = ("cuda", "triton", "cuda-gpu", "triton-gpu")
+
 inf, nan = math.inf, math.nan
 
 
@@ -65,10 +68,10 @@ def test_equations_in_numpy(backend, normalize, eps_mode):
     options = dict(normalize=normalize, eps_mode=eps_mode, eps=0.3, scale=1.7)
     scores = numpy_scores(query.tolist(), support.tolist(), 1.7, normalize, 0.3, eps_mode)
     attention = np.stack([numpy_softmax(row) for row in scores])
-    np.testing.assert_allclose(cosine_attention(query, support, values, **options).detach(), attention @ values.detach().numpy(), rtol=1e-12)
-    probabilities = np.stack([attention[:, labels.numpy() == c].sum(1) for c in range(5)], 1)
+    np.testing.assert_allclose(cosine_attention(query, support, values, **options).detach().cpu(), attention @ values.detach().cpu().numpy(), rtol=1e-12)
+    probabilities = np.stack([attention[:, labels.cpu().numpy() == c].sum(1) for c in range(5)], 1)
     with np.errstate(divide="ignore"):
-        np.testing.assert_allclose(matching_log_probs(query, support, labels, 5, **options).detach(), np.log(probabilities), rtol=1e-12)
+        np.testing.assert_allclose(matching_log_probs(query, support, labels, 5, **options).detach().cpu(), np.log(probabilities), rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -543,7 +546,7 @@ def test_opcheck(name, mask, scale):
 @pytest.mark.parametrize("broadcast, queries, supports, features", [("batch", 75, 100, 65), ("no batch", 700, 3000, 33), ("no batch", 3, 20000, 64)])
 def test_same_bits(name, broadcast, queries, supports, features):
     """On every run and for every number of threads, forward and backward."""
-    if "cpp" not in fastmeta._backend.BACKENDS or fastmeta._backend._C is None:
+    if fastmeta._backend._C is None:
         pytest.skip("a promise of the kernels; the extension is not loaded")
     args, keywords = example(name, broadcast, queries, supports, features, 7, torch.float32, mask=True, scale="tensor")
     function = getattr(functional, name)
@@ -623,11 +626,13 @@ def test_backend_choice(monkeypatch):
             with fastmeta.use_backend(None):
                 matching_log_probs(query, support, labels, 2)
             assert len(called) == 2
-    monkeypatch.setattr(fastmeta._backend, "_device_types", ())
+    monkeypatch.setattr(fastmeta._backend, "_kernels", {})
     matching_log_probs(query, support, labels, 2)
     assert len(called) == 3
-    with pytest.raises(RuntimeError, match="backend 'cpp' cannot run on cpu tensors"):
+    with pytest.raises(RuntimeError, match="backend 'cpp' cannot run on cpu tensors: the extension is not loaded"):
         matching_log_probs(query, support, labels, 2, backend="cpp")
+    with pytest.raises(RuntimeError, match="backend 'triton' cannot run on cpu tensors: it has kernels for CUDA tensors only"):
+        matching_log_probs(query, support, labels, 2, backend="triton")
 
 
 # ---- wrong input -------------------------------------------------------------------------------------------------------------------
@@ -700,7 +705,7 @@ WRONG = [
     (dict(eps=nan), ValueError, M + "eps must be positive and finite, got nan"),
     (dict(eps=inf), ValueError, M + "eps must be positive and finite, got inf"),
     (dict(eps="1e-8"), TypeError, M + "eps must be a number, got str"),
-    (dict(backend="gpu"), ValueError, M + "unknown backend 'gpu', expected one of 'cpp', 'reference'"),
+    (dict(backend="gpu"), ValueError, M + "unknown backend 'gpu', expected one of 'cpp', 'triton', 'reference'"),
 ]
 WRONG_ATTENTION = [
     (dict(values=None), TypeError, A + "values must be a tensor, got NoneType"),
@@ -717,6 +722,10 @@ WRONG_ATTENTION = [
 
 @pytest.mark.parametrize("change, error, message", WRONG, ids=[f"{'-'.join(w[0])}-{i}" for i, w in enumerate(WRONG)])
 def test_wrong_input(backend, change, error, message):
+    if backend in KERNELS_OF_THE_GPU and "labels must be in" in message:
+        assert not matching_log_probs(**{**good(), **change}).isfinite().all()  # see test_wrong_label_on_a_gpu
+        return
+    message = message.replace("cpu", str(torch.randn(()).device))
     with pytest.raises((TypeError, ValueError, RuntimeError)) as caught:
         matching_log_probs(**{**good(), **change})
     assert (type(caught.value), str(caught.value)) == (error, message)
@@ -724,6 +733,7 @@ def test_wrong_input(backend, change, error, message):
 
 @pytest.mark.parametrize("change, error, message", WRONG_ATTENTION, ids=[f"{'-'.join(w[0])}-{i}" for i, w in enumerate(WRONG_ATTENTION)])
 def test_wrong_input_attention(backend, change, error, message):
+    message = message.replace("cpu", str(torch.randn(()).device))
     with pytest.raises((TypeError, ValueError, RuntimeError)) as caught:
         cosine_attention(**{**good_attention(), **change})
     assert (type(caught.value), str(caught.value)) == (error, message)
@@ -733,7 +743,25 @@ def test_wrong_input_table_starts_from_right_input(backend):
     assert matching_log_probs(**good()).shape == cosine_attention(**good_attention()).shape == (2, 3, 3)
 
 
+def test_wrong_label_on_a_gpu(backend):
+    """Nothing waits for the device to look: every log-probability of that episode is NaN, those of others are as they were."""
+    if backend not in KERNELS_OF_THE_GPU:
+        pytest.skip("elsewhere it is an error, see test_wrong_input")
+    query, support, labels = torch.randn(3, 40, 5), torch.randn(3, 90, 5), torch.randint(4, (3, 90))
+    right = matching_log_probs(query, support, labels, 6)
+    for wrong in (-1, 6, 10**15, -2**63):
+        labels[1, 77] = wrong
+        for used in (slice(60, 90), slice(0, 90)):  # a few supports, many supports
+            result = matching_log_probs(query, support[:, used], labels[:, used], 6)
+            assert result[1, :, :4].isnan().all()
+            expected = matching_log_probs(query, support[:, used], labels[:, used].clamp(0, 5), 6)
+            assert torch.equal(result[::2], expected[::2])
+    assert torch.equal(right[::2], result[::2])
+
+
 def test_wrong_label_deep_in_a_large_set(backend):
+    if backend in KERNELS_OF_THE_GPU:
+        pytest.skip("see test_wrong_label_on_a_gpu")
     labels = torch.zeros(50000, dtype=torch.long)
     labels[33333] = 5
     with pytest.raises(ValueError, match=r"labels must be in \[0, 5\), got 5"):

@@ -462,7 +462,7 @@ def wrong(name, error, message, **changes):
     wrong("memory_read", ValueError, "memory_read: eps must be positive and finite, got 0", eps=0),
     wrong("memory_read", TypeError, "memory_read: eps must be a number, got str", eps="small"),
     wrong("memory_read", ValueError, "memory_read: keys must be on the device of memory, cpu, got meta", keys=torch.ones(2, 2, 3, device="meta").double()),
-    wrong("memory_read", ValueError, "memory_read: unknown backend 'cuda', expected one of 'cpp', 'reference'", backend="cuda"),
+    wrong("memory_read", ValueError, "memory_read: unknown backend 'cuda', expected one of 'cpp', 'triton', 'reference'", backend="cuda"),
     wrong("lrua_write", ValueError, "lrua_write: usage must be [B, N] with B = 2, N = 5, got shape [2, 4]", usage=torch.ones(2, 4).double()),
     wrong("lrua_write", ValueError, "lrua_write: read_weights must be [B, R, N] with B = 2, R = 2, N = 5, got shape [2, 2, 3]",
           read_weights=torch.ones(2, 2, 3).double()),

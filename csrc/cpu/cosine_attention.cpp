@@ -35,10 +35,6 @@ namespace {
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
-// The positions in fastmeta.reference.cosine_attention.NORMALIZE.
-enum Normalize : int64_t { kNone, kSupport, kBoth };
-enum Needs : int64_t { kNeedsQuery = 1, kNeedsSupport = 2, kNeedsValues = 4, kNeedsScales = 8 };
-
 // ---- memory -----------------------------------------------------------------------------------------------------------------------
 
 // A tensor of up to three dimensions in its own dtype and with its own strides (in elements).
@@ -202,7 +198,7 @@ template <typename T> FASTMETA_INLINE void multiply(T* row, int64_t length, T fa
 // Divides up to kLanes packed rows by their norms, in place. Side by side: a root and a division take as long for one row as for all.
 template <typename T> FASTMETA_INLINE void normalize_rows(const Problem<T>& p, int count, T* rows, const Scaling<T>& to) {
   constexpr int L = kLanes<T>;
-  constexpr T kTiny = sizeof(T) == 4 ? T(1e-15) : T(1e-150);  // its square is a normal number
+  constexpr T kTiny = kSmallestNorm<T>;
   T parts[L * L] = {}, across[L * L], squares[L] = {}, before[L], factor[L];
   for (int r = 0; r < count; ++r) store(parts + r * L, sums_of_squares(rows + r * p.row, p.row));
   transpose(L, L, parts, L, across, L);
@@ -313,13 +309,6 @@ template <typename T> FASTMETA_INLINE int64_t pack_supports(const Problem<T>& p,
       normalize_rows(p, int(std::min<int64_t>(kLanes<T>, count - j)), block.rows.get() + j * p.row, block.scaling(j));
   block.count = count;
   return next;
-}
-
-// u of one support and the queries of a panel: the cosine over the product of the packed rows, for `add` and `sqrt`.
-template <typename T> FASTMETA_INLINE T cosine_factor(int64_t eps_mode, T eps, T norms, T inverses) {
-  constexpr T kLeast = std::numeric_limits<T>::min();
-  const T g = eps_mode == kAdd ? norms + eps * inverses : std::sqrt(norms * norms + eps * inverses * inverses);
-  return T(1) / (g > kLeast ? g : kLeast);
 }
 
 // tile[j][l] = k^_j . q^_l, in pieces of D of which a panel stays in the first cache.
@@ -618,7 +607,7 @@ FASTMETA_INLINE T flow_tile(const Problem<T>& p, T scale, const Block<T>& block,
     if (!p.separable()) {
       FASTMETA_EACH_LANE
         u[l] = cosine_factor(p.eps_mode, p.eps, block.norm.get()[j] * panel.scaling.norm[l], block.inverse.get()[j] * panel.scaling.inverse[l]);
-      FASTMETA_EACH_LANE v[l] = p.eps_mode == kAdd ? u[l] * u[l] : u[l] * u[l] * u[l];
+      FASTMETA_EACH_LANE v[l] = radial_factor(p.eps_mode, u[l]);
     }
     const T* dot = dots + j * L;
     T* out = flow + j * L;
@@ -742,8 +731,6 @@ FASTMETA_CLONES void run_backward(const Problem<double>& p, int64_t i, const Vie
 
 // ---- the operations ------------------------------------------------------------------------------------------------------------------
 
-ScalarType accumulation_type(const Tensor& t) { return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
-
 void check_labels(const Tensor& labels, const std::optional<Tensor>& mask, int64_t num_classes) {
   const View y(labels), m = mask ? View(*mask) : View();
   for (int64_t b = 0; b < labels.size(0); ++b)
@@ -839,7 +826,7 @@ std::tuple<Tensor, Tensor> cosine_attention(Tensor query, Tensor support, Tensor
     using T = decltype(zero);
     return forward(make_problem<T>(query, support, values, mask, scales, scale, normalize, eps_mode, eps, values.size(2), true), query);
   };
-  return accumulation_type(query) == ScalarType::Double ? run(double{}) : run(float{});
+  return for_dtype(query, run);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> cosine_attention_backward(Tensor grad, int64_t needs, Tensor query, Tensor support, Tensor values,
@@ -850,7 +837,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cosine_attention_backward(Tensor grad
     return backward(make_problem<T>(query, support, values, mask, scales, scale, normalize, eps_mode, eps, values.size(2), true), grad, needs,
                     query, result, as_contiguous(log_sums));
   };
-  return accumulation_type(query) == ScalarType::Double ? run(double{}) : run(float{});
+  return for_dtype(query, run);
 }
 
 std::tuple<Tensor, Tensor> matching_log_probs(Tensor query, Tensor support, Tensor labels, Optional mask, Optional scales, double scale,
@@ -860,7 +847,7 @@ std::tuple<Tensor, Tensor> matching_log_probs(Tensor query, Tensor support, Tens
     using T = decltype(zero);
     return forward(make_problem<T>(query, support, labels, mask, scales, scale, normalize, eps_mode, eps, num_classes, false), query);
   };
-  return accumulation_type(query) == ScalarType::Double ? run(double{}) : run(float{});
+  return for_dtype(query, run);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> matching_log_probs_backward(Tensor grad, int64_t needs, Tensor query, Tensor support, Tensor labels,
@@ -872,7 +859,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> matching_log_probs_backward(Tensor gr
     return backward(make_problem<T>(query, support, labels, mask, scales, scale, normalize, eps_mode, eps, num_classes, false), grad, needs,
                     query, result, as_contiguous(log_sums));
   };
-  return accumulation_type(query) == ScalarType::Double ? run(double{}) : run(float{});
+  return for_dtype(query, run);
 }
 
 }  // namespace

@@ -9,17 +9,18 @@ without a second-order kernel.
 import torch
 from torch.autograd import Function
 
+from .._backend import NAMESPACES
 from ..schemas.operation import Operation
 
 
-def differentiable(operation: Operation):
-    """``apply(*arguments) -> visible results`` of the operation, with gradients where the arguments ask for them.
+def differentiable(operation: Operation, backend: str = "cpp"):
+    """``apply(*arguments) -> visible results`` of the operation on a backend, with gradients where the arguments ask for them.
 
     What the kernel itself finds wrong with the arguments is a ``ValueError``.
     """
     name, count, visible = operation.name, operation.tensors, operation.visible
-    forward_op = getattr(torch.ops.fastmeta, name).default
-    backward_op = getattr(torch.ops.fastmeta, name + "_backward").default
+    operations = getattr(torch.ops, NAMESPACES[backend])
+    forward_op, backward_op = getattr(operations, name).default, getattr(operations, name + "_backward").default
     if operation.calls_torch:
         forward_op, backward_op = _without_autocast(forward_op), _without_autocast(backward_op)
     bare, saving = ((False,), (True,)) if operation.saves else ((), ())

@@ -11,7 +11,9 @@ from ..schemas.operation import accumulation_dtype
 from ._arguments import FLOATS, INTEGERS, check_choice, check_eps, is_number, without_autocast
 from ._autograd import differentiable
 
-_operations = {operation.name: differentiable(operation) for operation in (schemas.cosine_attention, schemas.matching_log_probs)}
+_operations = {("cpp", operation.name): differentiable(operation) for operation in (schemas.cosine_attention, schemas.matching_log_probs)}
+if _backend.missing_triton is None:
+    _operations |= {("triton", operation.name): differentiable(operation, "triton") for operation in schemas.IN_TRITON}
 
 
 def cosine_attention(query: Tensor, support: Tensor, values: Tensor, *, scale: float | Tensor = 1.0, normalize: str = "both",
@@ -28,7 +30,7 @@ def cosine_attention(query: Tensor, support: Tensor, values: Tensor, *, scale: f
         eps, eps_mode: ``c = q.k / g(|q|, |k|)``; g is ``max(a, eps) max(b, eps)`` for ``"clamp"``, ``a b + eps`` for ``"add"``,
             ``sqrt(a^2 b^2 + eps)`` for ``"sqrt"``; the norm of a side that is not divided counts as 1. ``eps > 0``.
         support_mask: bool ``[*, S]``, False for padding. What a padded row holds changes nothing.
-        backend: ``"cpp"``, ``"reference"``, or None for :func:`fastmeta.use_backend`, ``FASTMETA_BACKEND``, or the fastest that can run.
+        backend: ``"cpp"``, ``"triton"``, ``"reference"``, or None for :func:`fastmeta.use_backend`, ``FASTMETA_BACKEND``, or the fastest that can run.
 
     Returns:
         ``[*, Q, C]`` in the dtype of ``query``; computed in float32 at least. A query without any support gets 0. A row of zeros has
@@ -63,7 +65,8 @@ def matching_log_probs(query: Tensor, support: Tensor, labels: Tensor, num_class
         episode that is all padding.
 
     Raises:
-        ValueError: also for a label out of range (inside ``torch.compile``, a RuntimeError from the operation).
+        ValueError: also for a label out of range (inside ``torch.compile``, a RuntimeError from the operation). The kernels of the GPU cannot
+            tell without waiting for the device: there, a label out of range makes the log-probabilities of its episode NaN.
     """
     return _attend("matching_log_probs", query, support, labels, num_classes, scale, normalize, eps, eps_mode, support_mask, backend)
 
@@ -79,7 +82,8 @@ def _attend(name, query, support, third, num_classes, scale, normalize, eps, eps
     _check(name, query, support, third, num_classes, scale, scales, normalize, eps, eps_mode, support_mask)
     rest = () if num_classes is None else (num_classes,)
 
-    if _backend.select(backend, query.device.type, name) == "reference":
+    chosen = _backend.select(backend, query.device.type, name)
+    if chosen == "reference":
         if num_classes is not None:
             _check_labels_in_range(third, num_classes, support_mask)
         with without_autocast(autocast, query.device.type):
@@ -92,7 +96,7 @@ def _attend(name, query, support, third, num_classes, scale, normalize, eps, eps
         scales = scales.to(accumulation_dtype(query.dtype))
     rest = (float(scale), NORMALIZE.index(normalize), EPS_MODES.index(eps_mode), float(eps), *rest)
     tensors, shape = _flatten_batches(query, support, third, support_mask, scales, num_classes is None)
-    result, = _operations[name](*tensors, *rest)
+    result, = _operations[chosen, name](*tensors, *rest)
     return result if shape is None else result.view(*shape, result.shape[-1])
 
 

@@ -1,4 +1,7 @@
-"""What every operation ``torch.ops.fastmeta.*`` has: schema, fake kernel, batching rule, and the fallback on the reference."""
+"""What every operation has: schema, fake kernel, batching rule, and the fallback on the reference.
+
+``torch.ops.fastmeta.*`` run the compiled kernels, and ``torch.ops.fastmeta_triton.*``, of the same schemas, those in Triton.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-library = torch.library.Library("fastmeta", "FRAGMENT")
+_libraries = {}  # by namespace; an operation lives as long as its library
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -69,8 +72,9 @@ class Operation:
 
         return torch.func.vjp(function, *(tensors[i] for i in wanted))[1](tuple(grads))
 
-    def define(self) -> None:
-        """Declare both operations, with a kernel for whatever has none of its own."""
+    def define(self, namespace: str, kernels: dict[str, Callable] | None = None) -> None:
+        """Declare both operations, with a kernel for whatever has none of its own; ``kernels``: of CUDA, forward and backward by name."""
+        library = _libraries.setdefault(namespace, torch.library.Library(namespace, "FRAGMENT"))
         saved = ", ".join(f"Tensor result_{i}" for i in range(self.results))
         grads = ", ".join(f"Tensor grad_{i}" for i in self.differentiable)
         outs = [", ".join(["Tensor"] * count) for count in (self.results, len(self.gradients))]
@@ -79,9 +83,11 @@ class Operation:
         for name, kernel, fake in ((self.name, self._fallback, self._fake),
                                    (self.name + "_backward", self._fallback_backward, self._fake_backward)):
             library.impl(name, kernel, "CompositeExplicitAutograd")
-            torch.library.register_fake(f"fastmeta::{name}", fake, lib=library)
+            if kernels:
+                library.impl(name, kernels[name], "CUDA")
+            torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
             rule = _fold if self.folds else _loop
-            torch.library.register_vmap(f"fastmeta::{name}", rule(getattr(torch.ops.fastmeta, name).default), lib=library)
+            torch.library.register_vmap(f"{namespace}::{name}", rule(getattr(getattr(torch.ops, namespace), name).default), lib=library)
 
     def _fake(self, *arguments):
         if not self.saves:

@@ -1,0 +1,159 @@
+"""The GPU kernels keep to their budgets, as ``bench/gpu_costs.py`` counts them; and that it counts right."""
+
+import functools
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import emulation
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+
+import gpu_costs  # noqa: E402
+from gpu_costs import ARCHITECTURES, BACKENDS, DIRECTIONS, OPERATIONS, SHAPES, Resources  # noqa: E402
+
+FEW = [(1, 75, 25, 64, 5), (32, 75, 25, 1600, 5)]
+CALLS = [*itertools.product(BACKENDS, OPERATIONS, SHAPES, ["float32"]), *itertools.product(["cuda"], OPERATIONS, SHAPES, ["bfloat16"]),
+         *itertools.product(["triton"], OPERATIONS, FEW, ["bfloat16"])]
+of_calls = pytest.mark.parametrize("compiler, operation, shape, dtype", CALLS, indirect=["compiler"],
+                                   ids=lambda value: "x".join(map(str, value)) if isinstance(value, tuple) else value)
+with_cuda = pytest.mark.parametrize("compiler", ["cuda"], indirect=True)
+of_directions = pytest.mark.parametrize("direction", DIRECTIONS)
+
+
+@pytest.fixture
+def compiler(request):
+    """The name of one that is there."""
+    if missing := BACKENDS[request.param].missing():
+        pytest.skip(missing)
+    return request.param
+
+
+@functools.cache
+def counted(compiler, operation, shape, dtype):
+    return gpu_costs.costs(BACKENDS[compiler], operation, shape, getattr(torch, dtype))
+
+
+# ---- budgets -----------------------------------------------------------------------------------------------------------------------------
+
+
+@of_calls
+@of_directions
+def test_launches(compiler, operation, shape, dtype, direction):
+    assert len(counted(compiler, operation, shape, dtype)[direction].launches) <= {"forward": 1, "backward": 2}[direction]
+
+
+@of_calls
+@of_directions
+def test_dram_bytes(compiler, operation, shape, dtype, direction):
+    cost = counted(compiler, operation, shape, dtype)[direction]
+    ratio = cost.dram / cost.fewest
+    assert 1 <= ratio <= 1.25
+
+
+@of_calls
+@of_directions
+def test_sectors(compiler, operation, shape, dtype, direction):
+    ratio = counted(compiler, operation, shape, dtype)[direction].sectors_over_fewest
+    assert ratio <= 1.1
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@of_calls
+def test_resources(compiler, operation, shape, dtype, architecture):
+    """No spills, and a quarter of the warps that a processor can have."""
+    plans = gpu_costs.plan(BACKENDS[compiler], operation, gpu_costs.example(operation, shape, getattr(torch, dtype)))
+    resources = {launch.kernel: launch.resources(architecture) for launch in itertools.chain(*plans)}
+    assert not {kernel: r.spills for kernel, r in resources.items() if r.spills}
+    if architecture == 90:
+        assert not {kernel: r for kernel, r in resources.items() if r.occupancy < 0.25}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@with_cuda
+def test_no_kernel_of_csrc_spills(compiler, architecture):
+    kernels = gpu_costs.Cuda.kernels(architecture)
+    assert kernels.keys() == emulation.cuda_ptx().kernels.keys()
+    assert not {name: spills for name, (_, spills) in kernels.items() if spills}
+
+
+# ---- that it counts right ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("resources, warps", [
+    # a block of 4 warps has 4 * 32 * 128 registers: 4 blocks; and 38,800 + 1,024 bytes, rounded up to 39,936: 4 in 167,936, 5 in 233,472
+    (Resources(80, 128, 38_800, 128, 0), 16), (Resources(90, 128, 38_800, 128, 0), 16),
+    (Resources(80, 128, 40_960, 96, 0), 16), (Resources(90, 128, 40_960, 96, 0), 20),  # memory: 41,984 bytes; registers would do for 20
+    (Resources(90, 256, 0, 33, 0), 48),  # 1,056 registers a warp, rounded up to 1,280: 12 warps in 16,384, a quarter of the processor
+    (Resources(90, 1024, 0, 32, 0), 64), (Resources(90, 768, 0, 32, 0), 48),  # whole blocks only
+    (Resources(80, 32, 0, 16, 0), 32),  # 32 blocks
+    (Resources(80, 1024, 0, 72, 0), 0), (Resources(80, 128, 200_000, 32, 0), 0)])  # no room
+def test_occupancy(resources, warps):
+    assert resources.occupancy == warps / 64
+
+
+@with_cuda
+def test_ptxas(compiler):
+    """Of two kernels that hold 64 numbers in registers, the one that may have 32 registers spills."""
+    body = "{ float a[64];\n#pragma unroll\nfor (int i = 0; i < 64; ++i) a[i] = x[i * 1024 + threadIdx.x]; __syncthreads();\n" \
+           "#pragma unroll\nfor (int i = 0; i < 64; ++i) x[threadIdx.x * 64 + i] = a[63 - i]; }\n"
+    text = emulation.compile_cuda(f'extern "C" __global__ void __launch_bounds__(1024, 2) tight(float* x) {body}'
+                                  f'extern "C" __global__ void __launch_bounds__(256, 1) roomy(float* x) {body}')
+    found = gpu_costs.ptxas(text, gpu_costs.Cuda.assembler(80))
+    assert found.keys() == {"tight", "roomy"}
+    assert found["tight"][0] <= 32 and found["tight"][1] > 0
+    assert found["roomy"][0] > 64 and found["roomy"][1] == 0
+
+
+def test_fewest_bytes():
+    query, support, labels, grad = 2 * 4 * 4, 3 * 4 * 4, 3 * 8, 2 * 5 * 4
+    results = torch.empty(1, 2, 5), torch.empty(1, 2, 5)
+    calls = gpu_costs.call(lambda name, *arguments: arguments[2:4] if "backward" in name else results, "matching_log_probs",
+                           gpu_costs.example("matching_log_probs", (1, 2, 3, 4, 5), torch.float32))
+    fewest = [gpu_costs.fewest_bytes(direction, *of_call) for direction, of_call in zip(DIRECTIONS, calls)]
+    assert fewest == [query + support + labels + 2 * grad, grad + query + support + labels + grad + query + support]
+
+
+@pytest.mark.parametrize("compiler", BACKENDS, indirect=True)
+def test_a_few_episodes_stand_for_all(compiler):
+    """Rows of whole sectors: one episode, times three, is three."""
+    one, three = (gpu_costs.costs(BACKENDS[compiler], "cosine_attention", (3, 8, 8, 32, 8), torch.float32, work) for work in (0, 10**9))
+    for direction in DIRECTIONS:
+        assert [launch[:2] for launch in one[direction].launches] == [launch[:2] for launch in three[direction].launches]
+        assert one[direction][1:] == three[direction][1:]
+
+
+def test_launches_of_two_operations():
+    x = torch.empty(3, 1, device="meta").expand(3, 4)
+    with gpu_costs.Launches() as counted:
+        y = x.exp().T.detach()
+        y[0].add_(torch.empty(3, device="meta"))
+    assert counted.names == ["exp", "add_"]
+    assert counted.bytes == 4 * (3 + 12) + 4 * (3 + 3 + 3)  # the row that is added to is read and written
+
+
+def test_launches_of_eager():
+    pytest.importorskip("easyfsl")  # which the races of bench_cosine_attention.py import
+    normalize = ["linalg_vector_norm", "clamp_min", "div"]
+    forward, backward = gpu_costs.eager_launches("matching_log_probs", (1, 75, 5, 64, 5), torch.float32).values()
+    assert forward.names == [*normalize, *normalize, "bmm", "_softmax", "bmm", "log"]
+    query, support, scores, result = 75 * 64, 5 * 64, 75 * 5, 75 * 5
+    # A row is read for its norm, and to be divided; a norm is written, clamped, and read with the row.
+    normalized = 3 * (query + support) + 4 * (75 + 5)
+    assert forward.bytes == 4 * (normalized + (query + support + scores) + 2 * scores + (scores + 5 * 5 + result) + 2 * result)
+    assert backward.names.count("bmm") == 3 and backward.names.count("_softmax_backward_data") == 1
+
+
+@with_cuda
+def test_command(compiler, monkeypatch, capsys, tmp_path):
+    pytest.importorskip("easyfsl")
+    monkeypatch.setattr(gpu_costs, "SHAPES", [(1, 3, 4, 8, 2)])
+    assert gpu_costs.main(["--backend", "cuda", "--json", str(tmp_path / "costs.json")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("**No GPU has run this") for line in lines)
+    assert sum("(1, 3, 4, 8, 2)" in line for line in lines) == 4
+    found, = json.loads((tmp_path / "costs.json").read_text())
+    assert [(c["operation"], c["direction"], len(c["launches"])) for c in found["calls"]] == [(*key, 1) for key in itertools.product(OPERATIONS, DIRECTIONS)]

@@ -1,0 +1,119 @@
+"""The compiled kernels of the GPU, as nvcc and Triton make them, executed on the PTX machine: against float64, in three orders of blocks and warps.
+
+``test_cosine_attention.py`` runs all of its tests on these kernels too, each in one order. Here is the grid of sizes, options and dtypes for every
+compiler and architecture, small enough to be run on every deliberate fault of ``mutations.py``.
+"""
+
+from typing import NamedTuple
+
+import emulation
+import pytest
+import torch
+from helpers import assert_as_exact_as_eager, example, in_dtype, leaves, result_and_gradients
+
+from fastmeta import functional, reference
+
+SEEDS = (0, 1, 2)  # orders; the first is that of the numbers
+FLOATS = {"f64": torch.float64, "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Case(NamedTuple):
+    name: str
+    sizes: tuple[int, int, int, int, int]  # B, Q, S, D, C
+    dtype: str = "f32"
+    normalize: str = "both"
+    eps_mode: str = "clamp"
+    mask: bool = False
+    scale: str = "number"
+    form: str = "contiguous"
+
+    def __str__(self):
+        options = [f"{k}={getattr(self, k)}" for k, default in self._field_defaults.items() if getattr(self, k) != default]
+        return f"{self.name} {self.sizes} {' '.join(options)}".strip()
+
+
+L, A = "matching_log_probs", "cosine_attention"
+CASES = [
+    # one block's episode: one, odd, a whole tile, more queries than a tile; every option
+    Case(L, (1, 1, 1, 1, 1)), Case(A, (1, 1, 1, 1, 1)),
+    Case(L, (2, 5, 7, 9, 3), mask=True, scale="episode"), Case(A, (2, 5, 7, 9, 3), mask=True, scale="episode"),
+    Case(L, (1, 75, 5, 64, 5), scale="tensor"), Case(A, (1, 67, 32, 33, 6), scale="tensor"),
+    Case(L, (2, 9, 25, 64, 5), normalize="support", eps_mode="add"), Case(A, (2, 9, 25, 64, 5), normalize="support", eps_mode="sqrt"),
+    Case(L, (2, 9, 13, 17, 5), eps_mode="sqrt", mask=True), Case(A, (2, 9, 13, 17, 5), eps_mode="add", mask=True, scale="episode"),
+    Case(L, (2, 9, 13, 17, 5), normalize="none"), Case(A, (2, 9, 13, 17, 5), normalize="none"),
+    Case(L, (2, 20, 30, 40, 70), "f16", mask=True, scale="episode"), Case(A, (2, 20, 30, 40, 65), "bf16", mask=True, scale="episode"),
+    # tiles: supports or features beyond an episode, tails of every kind, tensor cores
+    Case(L, (2, 33, 65, 31, 7), mask=True, scale="episode"), Case(A, (2, 33, 65, 31, 7), mask=True, scale="episode"),
+    Case(L, (1, 70, 130, 129, 9), "f16", normalize="support", eps_mode="sqrt", scale="tensor"),
+    Case(A, (1, 70, 130, 129, 37), "f16", eps_mode="add", scale="tensor"),
+    Case(L, (2, 31, 100, 200, 20), "bf16", eps_mode="add", mask=True), Case(A, (2, 31, 100, 200, 66), "bf16", eps_mode="sqrt", mask=True),
+    Case(L, (1, 3, 5, 1601, 3)), Case(A, (1, 3, 5, 1601, 150)),
+    Case(L, (1, 40, 90, 20, 300), eps_mode="sqrt", scale="tensor"), Case(A, (1, 40, 90, 20, 300), normalize="support", scale="tensor"),
+    # few rows on one side, many on the other: the stream is cut into parts
+    Case(L, (1, 3, 1000, 8, 4), mask=True, scale="episode"), Case(A, (1, 3, 1000, 8, 4), "f16", mask=True, scale="episode"),
+    Case(L, (1, 700, 3, 130, 3), scale="tensor"), Case(A, (1, 700, 3, 130, 3), "bf16", scale="tensor"),
+    # any strides, and stride 0
+    Case(L, (2, 17, 20, 24, 5), mask=True, scale="episode", form="strided"), Case(A, (2, 17, 70, 24, 5), "f16", mask=True, scale="episode", form="strided"),
+    Case(L, (2, 17, 70, 24, 5), mask=True, scale="episode", form="expanded"), Case(A, (2, 17, 20, 24, 5), mask=True, form="expanded"),
+    # float64
+    Case(L, (2, 19, 15, 33, 5), "f64", mask=True, scale="episode"), Case(A, (2, 35, 40, 70, 5), "f64", mask=True, scale="episode"),
+]
+
+
+def inputs(case: Case):
+    """Arguments and keywords of the function, leaves with requires_grad."""
+    batch, queries, supports, features, classes = case.sizes
+    broadcast = "batch" if case.form != "expanded" else "values only"
+    torch.manual_seed(hash(case.sizes) % 2**31)
+    args, keywords = example(case.name, broadcast, queries, supports, features, classes, FLOATS[case.dtype], case.mask,
+                             case.scale if broadcast == "batch" or case.scale != "episode" else "tensor")
+    if broadcast == "batch":  # example() has three episodes
+        args = [t[:batch].detach().requires_grad_(t.requires_grad) if isinstance(t, torch.Tensor) else t for t in args]
+        keywords = {k: t[:batch].detach().requires_grad_(t.requires_grad) if isinstance(t, torch.Tensor) and t.dim() else t for k, t in keywords.items()}
+    if case.form == "strided":
+        args = [_strided(t) if isinstance(t, torch.Tensor) else t for t in args]
+    return tuple(args), keywords
+
+
+def _strided(t):
+    wide = torch.full([2 * n + 1 for n in reversed(t.shape)], 77, dtype=t.dtype)
+    view = wide[tuple(slice(1, None, 2) for _ in t.shape)].permute(*reversed(range(t.dim())))
+    view.copy_(t.detach())
+    return view.requires_grad_(t.requires_grad)
+
+
+def check(case: Case, emulator, backend: str, seeds=SEEDS):
+    """Result and every gradient against float64 in the first order, and the same bits in the others. Returns the launches of the first."""
+    args, keywords = inputs(case)
+    options = dict(normalize=case.normalize, eps_mode=case.eps_mode, eps=1e-3)
+    wide = in_dtype(args, keywords, torch.float64)
+    exact = getattr(reference, case.name)(*wide[0], **wide[1], **options)
+    weight = torch.randn(exact.shape, dtype=args[0].dtype).double()
+    exact = result_and_gradients(getattr(reference, case.name), wide[0], {**wide[1], **options}, weight)
+    eager = result_and_gradients(getattr(reference, case.name), args, {**keywords, **options}, weight)
+    launches, first = None, None
+    for seed in seeds:
+        with emulation.emulated(backend, emulator(seed)) as run:
+            ours = result_and_gradients(getattr(functional, case.name), args, {**keywords, **options}, weight)
+        if first is None:
+            first, launches = ours, run.launches
+            assert_as_exact_as_eager(ours, eager, exact, str(case))
+        for a, b in zip(first, ours, strict=True):
+            assert torch.equal(a, b), f"{case}: other bits in the order of seed {seed}"
+    assert len(first) == 1 + len(leaves(args, keywords))
+    return launches
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_nvcc(case):
+    if missing := emulation.cuda_is_missing():
+        pytest.skip(missing)
+    check(case, emulation.CudaEmulator, "cpp")
+
+
+@pytest.mark.parametrize("capability", (80, 120))
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_triton(case, capability):
+    if missing := emulation.triton_is_missing():
+        pytest.skip(missing)
+    check(case, lambda seed: emulation.TritonEmulator(seed, capability), "triton")
