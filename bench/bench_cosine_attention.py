@@ -6,6 +6,8 @@
 * easyfsl: ``easyfsl.methods.MatchingNetworks`` without its encoders; one episode, and only the support is divided by its norm.
 * floor: the two products alone. Not a peer: what is left when everything else costs nothing.
 
+On the CPU, and where there is a GPU on it too, as CUDA graphs. What the GPU kernels cost without one: ``python bench/gpu_costs.py``.
+
 The one-hot labels of the peers are made beforehand and not timed (easyfsl makes its own); fastmeta gets the integers.
 """
 
@@ -66,14 +68,15 @@ class EasyfslHead(easyfsl.methods.MatchingNetworks):
 def features(shape, dtype):
     B, Q, S, D, _ = shape
     generator = torch.Generator().manual_seed(0)
-    query, support = (torch.randn(B, n, D, generator=generator) for n in (Q, S))
-    return query.to(dtype), support.to(dtype), generator
+    query, support = (torch.randn(B, n, D, generator=generator, device="cpu") for n in (Q, S))
+    device = torch.get_default_device()
+    return query.to(device, dtype), support.to(device, dtype), generator
 
 
 def build_matching(operation, shape, peer, dtype):
     B, _, S, D, C = shape
     query, support, generator = features(shape, dtype)
-    labels = torch.rand(B, S, generator=generator).argsort(-1) % C  # every class has its share, in any order
+    labels = (torch.rand(B, S, generator=generator, device="cpu").argsort(-1) % C).to(query.device)  # every class has its share, in any order
 
     if peer == "fastmeta":
         return Entry(lambda q, s: matching_log_probs(q, s, labels, C), (query, support))
@@ -100,7 +103,7 @@ def build_matching(operation, shape, peer, dtype):
 def build_attention(operation, shape, peer, dtype):
     B, _, S, _, C = shape
     query, support, generator = features(shape, dtype)
-    values = torch.randn(B, S, C, generator=generator).to(dtype)
+    values = torch.randn(B, S, C, generator=generator, device="cpu").to(query)
     function = cosine_attention if peer == "fastmeta" else compiled(WITHOUT_FASTMETA[peer], peer)
     return Entry(function, (query, support, values))
 
@@ -109,15 +112,17 @@ def truth(peer):
     return {"floor": "floor", "easyfsl": "easyfsl in float64"}.get(peer, "eager")
 
 
-def race(operation, shape, backward, mark, build, *extra_peers):
+def race(operation, shape, backward, mark, build, device, *extra_peers):
     B, Q, S, D, C = shape
     return Race(operation, "BQSDC", shape, backward, ("fastmeta", "eager", "SDPA", "compile", *extra_peers, "floor"), build, truth,
-                size=B * Q * S * (D + C), mark=mark)
+                size=B * Q * S * (D + C), mark=mark if device == "cpu" else None, device=device)
 
 
-RACES = [race("matching_log_probs", shape, backward, mark, build_matching, "easyfsl")
-         for shape, marks in MATCHING_MARKS.items() for backward, mark in zip((False, True), marks)]
-RACES += [race("cosine_attention", shape, backward, None, build_attention) for shape in ATTENTION_SHAPES for backward in (False, True)]
+RACES = []
+for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+    RACES += [race("matching_log_probs", shape, backward, mark, build_matching, device, "easyfsl")
+              for shape, marks in MATCHING_MARKS.items() for backward, mark in zip((False, True), marks)]
+    RACES += [race("cosine_attention", shape, backward, None, build_attention, device) for shape in ATTENTION_SHAPES for backward in (False, True)]
 
 
 def test_race(enter, race, peer):

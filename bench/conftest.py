@@ -91,8 +91,8 @@ def enter(benchmark, results, memory, request):
             pytest.skip(result.absent)
         assert not result.failure, f"{peer}: {result.failure}"
         benchmark.extra_info.update(
-            operation=race.operation, axes=race.axes, shape=race.shape, backward=race.backward, peer=peer, mark=race.mark,
-            error=result.error, peak_bytes=memory.peak(race, peer) if race.size >= MEMORY_SIZE else None,
+            operation=race.operation + ("" if race.device == "cpu" else f" on {race.device}"), axes=race.axes, shape=race.shape, backward=race.backward, peer=peer, mark=race.mark,
+            error=result.error, peak_bytes=memory.peak(race, peer) if race.size >= MEMORY_SIZE and race.device == "cpu" else None,
             absent={name: other.absent for name, other in results[race].items() if other.absent})
         replay.load(result.rounds)
         benchmark.pedantic(lambda: None, rounds=len(result.rounds), iterations=result.iterations)

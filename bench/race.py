@@ -43,7 +43,7 @@ class Entry:
 
         inputs = tuple(x.detach().requires_grad_() for x in self.inputs)
         out = self.function(*inputs)
-        grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+        grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), device="cpu").to(out)
         del out
 
         def forward_backward():
@@ -56,6 +56,7 @@ class Entry:
 @dataclass(frozen=True)
 class Race:
     """``build(operation, shape, peer, dtype) -> Entry`` (or raises :class:`Absent`); a module-level function, so that a race can be pickled.
+    It makes its tensors on torch's default device, which is ``device``.
 
     ``truth`` names, for a peer, the peer that computes the same function and is to be trusted in float64; ``mark`` is how many times
     faster than the best peer the first peer has to be. ``size`` is roughly how many multiplications a call takes.
@@ -70,14 +71,16 @@ class Race:
     truth: Callable[[str], str]
     size: int
     mark: float | None = None
+    device: str = "cpu"
 
     def call(self, peer: str, dtype: torch.dtype = torch.float32) -> Callable[[], tuple[Tensor, ...]]:
-        return self.build(self.operation, self.shape, peer, dtype).call(self.backward)
+        with torch.device(self.device):
+            return self.build(self.operation, self.shape, peer, dtype).call(self.backward)
 
     @property
     def name(self) -> str:
         shape = ", ".join(f"{axis}={n}" for axis, n in zip(self.axes, self.shape))
-        return f"{self.operation} {'forward+backward' if self.backward else 'forward'} ({shape})"
+        return f"{self.operation} {'forward+backward' if self.backward else 'forward'} ({shape}){'' if self.device == 'cpu' else f' on {self.device}'}"
 
 
 @dataclass
@@ -116,29 +119,56 @@ def run(race: Race, seconds: float, min_rounds: int, max_rounds: int = 200) -> d
             truths[truth] = race.call(truth, torch.float64)()
         result.error = relative_error(call(), truths[truth])
         if result.error <= TOLERANCE:
-            calls[peer] = call
+            calls[peer] = call if race.device == "cpu" else captured(call)
         else:
             result.failure = f"wrong by {result.error:.1e} against float64 (at most {TOLERANCE:.0e} is right)"
     truths.clear()
-    for peer, (iterations, rounds) in take_turns(calls, seconds, min_rounds, max_rounds).items():
+    for peer, (iterations, rounds) in take_turns(calls, seconds, min_rounds, max_rounds, timed if race.device == "cpu" else timed_on_gpu).items():
         results[peer].iterations, results[peer].rounds = iterations, rounds
     return results
 
 
-def take_turns(calls: dict[str, Callable[[], object]], seconds: float, min_rounds: int,
-               max_rounds: int) -> dict[str, tuple[int, list[float]]]:
+def timed(call: Callable[[], object], iterations: int) -> float:
+    """Seconds of some calls."""
+    start = time.perf_counter()
+    for _ in range(iterations):
+        call()
+    return time.perf_counter() - start
+
+
+def timed_on_gpu(call: Callable[[], object], iterations: int) -> float:
+    """The same between two events of the device."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(iterations):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+def captured(call: Callable[[], object]) -> Callable[[], object]:
+    """The launches of a call as a CUDA graph: what is timed is the device, and no Python. This has not been run: there was no GPU."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = call()
+    return lambda: (graph.replay(), kept)
+
+
+def take_turns(calls: dict[str, Callable[[], object]], seconds: float, min_rounds: int, max_rounds: int,
+               timed: Callable[[Callable[[], object], int], float] = timed) -> dict[str, tuple[int, list[float]]]:
     """Time ``calls`` round-robin: ``{name: (calls a round, [seconds of each round])}``.
 
     In turns, so that whatever else the machine does meets all of them alike. A short call is repeated within its turn, about 4 ms,
     after one that is not counted: what is measured is the call, not the caches as the peer before left them. Every round starts with
     another peer, so that nobody is always behind the same one.
     """
-    def timed(call, iterations):
-        start = time.perf_counter()
-        for _ in range(iterations):
-            call()
-        return time.perf_counter() - start
-
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()

@@ -48,6 +48,17 @@ def backend(request):
             yield name
 
 
+def pytest_collection_modifyitems(config, items):
+    """Broadcasting is host code, the same before every kernel: on the machine, where kernels are slow, two forms of it are enough."""
+    def wanted(item):
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        return params.get("backend") not in ON_MACHINE or params.get("broadcast", "batch") in ("batch", "support shared")
+    left_out = [item for item in items if not wanted(item)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = filter(wanted, items)
+
+
 @pytest.fixture
 def one_thread():
     """As in the processes that the tests start: the last bits of a convolution, or a library's product, depend on the number of threads."""

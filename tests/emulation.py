@@ -78,7 +78,7 @@ class Emulator:
 
 def cuda_is_missing() -> str | None:
     """Why the CUDA kernels cannot be run here, or None."""
-    if _cuda_module() is None:
+    if cuda_module() is None:
         return f"the CUDA kernels are not there ({_backend.missing_cuda})"
     if shutil.which("nvcc") is None:
         return "nvcc, which makes the PTX, is not on the PATH"
@@ -90,7 +90,7 @@ def machine_is_missing() -> str | None:
 
 
 @functools.cache
-def _cuda_module():
+def cuda_module():
     return _backend._C_cuda or _backend._load("_C_cuda")[0]  # it loads without CUDA in torch, too
 
 
@@ -133,7 +133,7 @@ class CudaEmulator(Emulator):
                 errors.append(error)
                 raise
 
-        _cuda_module().set_machine(call.allocated, launch)
+        cuda_module().set_machine(call.allocated, launch)
         try:
             key = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
             return getattr(torch.ops.fastmeta, name).default.redispatch(key, *arguments)
@@ -142,7 +142,7 @@ class CudaEmulator(Emulator):
                 raise errors[0] from None
             raise
         finally:
-            _cuda_module().set_machine(None, None)
+            cuda_module().set_machine(None, None)
 
 
 # ---- Triton ----------------------------------------------------------------------------------------------------------------------------
@@ -156,52 +156,52 @@ def triton_is_missing() -> str | None:
 class Compiled(NamedTuple):
     """A Triton kernel for one kind of arguments: what Triton itself makes for a GPU of that architecture, which need not be there."""
 
-    kernel: ptx.Kernel
+    kernel: ptx.Kernel | None  # of NVIDIA's
     passed: list[str]  # names of the arguments that are passed at run time
     shared: int
     asm: dict
-    capability: int
 
 
 _compiled = {}
 
 
-def compile_triton(kernel, arguments: dict, options: dict, capability: int = 80) -> Compiled:
-    """``arguments`` as of a call, constants included; ``options``: num_warps and num_stages."""
+def compile_triton(kernel, arguments: dict, options: dict, architecture: int | str = 80) -> Compiled:
+    """``arguments`` as of a call, constants included; ``options``: num_warps and num_stages; architecture: 80 for sm_80, or a name of AMD's."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile, make_backend
     from triton.runtime.jit import create_function_from_signature
 
-    target = GPUTarget("cuda", capability, 32)
+    nvidia = isinstance(architecture, int)
+    target = GPUTarget("cuda", architecture, 32) if nvidia else GPUTarget("hip", architecture, 64)
     backend = make_backend(target)
     bound, specialization, _ = create_function_from_signature(kernel.signature, kernel.params, backend)(**arguments)
-    key = kernel.fn.__module__, kernel.fn.__name__, kernel.cache_key, repr(specialization), repr(options), capability
+    key = kernel.fn.__module__, kernel.fn.__name__, kernel.cache_key, repr(specialization), repr(options), architecture
     if key not in _compiled:
         parsed, signature, constants, attributes = kernel._pack_args(backend, dict(options), bound, specialization, dict(options))
         compiled = compile(ASTSource(kernel, signature, constants, attributes), target=target, options=parsed.__dict__)
-        only, = ptx.Module(compiled.asm["ptx"]).kernels.values()
-        _compiled[key] = Compiled(only, [name for name, kind in signature.items() if kind != "constexpr"], compiled.metadata.shared, compiled.asm,
-                                  capability)
+        only, = ptx.Module(compiled.asm["ptx"]).kernels.values() if nvidia else [None]
+        _compiled[key] = Compiled(only, [name for name, kind in signature.items() if kind != "constexpr"], compiled.metadata.shared, compiled.asm)
     return _compiled[key]
 
 
 class TritonEmulator(Emulator):
-    def __init__(self, seed: int = 0, capability: int = 80):
+    def __init__(self, seed: int = 0, architecture: int = 80):
         super().__init__(seed)
-        self.capability = capability
+        self.architecture = architecture
+
+    def launch(self, call: Call, kernel, grid: int, arguments: dict, constants: dict, options: dict) -> None:
+        compiled = compile_triton(kernel, {**arguments, **constants}, options, self.architecture)
+        passed = [arguments[name] for name in compiled.passed]
+        passed += [0] * (len(compiled.kernel.parameters) - len(passed))  # scratch that Triton adds, and that nothing here uses
+        call.launch(compiled.kernel, (grid, 1, 1), (32 * options["num_warps"], 1, 1), compiled.shared, compiled.kernel.pack(passed))
 
     def run(self, call: Call, name: str, arguments):
         import fastmeta.triton
         from fastmeta.triton import launch as device
 
         def launch(kernel, grid, arguments, constants, num_warps, num_stages):
-            if grid == 0:
-                return
-            options = {"num_warps": num_warps, "num_stages": num_stages}
-            compiled = compile_triton(kernel, {**arguments, **constants}, options, self.capability)
-            passed = [arguments[name] for name in compiled.passed]
-            passed += [0] * (len(compiled.kernel.parameters) - len(passed))  # scratch that Triton adds, and that nothing here uses
-            call.launch(compiled.kernel, (grid, 1, 1), (32 * num_warps, 1, 1), compiled.shared, compiled.kernel.pack(passed))
+            if grid:
+                self.launch(call, kernel, grid, arguments, constants, {"num_warps": num_warps, "num_stages": num_stages})
 
         def empty(shape, dtype, device):
             t = torch.empty(shape, dtype=dtype, device=device)
@@ -214,6 +214,30 @@ class TritonEmulator(Emulator):
             return getattr(fastmeta.triton, name)(*arguments)
         finally:
             device.launch, device.empty = before
+
+
+class InterpretedEmulator(TritonEmulator):
+    """Not the machine but Triton's own interpreter, in a process with ``TRITON_INTERPRET=1``."""
+
+    def __call__(self, name: str, *arguments):
+        return self.run(Call((), 0), name, arguments)
+
+    def launch(self, call: Call, kernel, grid, arguments, constants, options) -> None:
+        kernel[grid,](**arguments, **constants)
+
+
+class CompilingEmulator(TritonEmulator):
+    """Runs nothing: compiles what would be launched for some architectures, and keeps it in ``compiled``."""
+
+    def __init__(self, *architectures: int | str):
+        super().__init__()
+        self.architectures, self.compiled = architectures, []
+
+    def __call__(self, name: str, *arguments):
+        return self.run(Call((), 0), name, arguments)
+
+    def launch(self, call: Call, kernel, grid, arguments, constants, options) -> None:
+        self.compiled += [compile_triton(kernel, {**arguments, **constants}, options, architecture) for architecture in self.architectures]
 
 
 # ---- operations on CPU tensors that the machine runs ---------------------------------------------------------------------------------------

@@ -154,7 +154,7 @@ def spawn_cli(*arguments, module=("fastmeta",), **options):
 
 
 def finish(process, status):
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == status, output
     return output
 

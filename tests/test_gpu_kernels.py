@@ -4,14 +4,16 @@
 compiler and architecture, small enough to be run on every deliberate fault of ``mutations.py``.
 """
 
+import os
+import subprocess
 from typing import NamedTuple
 
 import emulation
 import pytest
 import torch
-from helpers import assert_as_exact_as_eager, example, in_dtype, leaves, result_and_gradients
+from helpers import assert_as_exact_as_eager, example, finish, in_dtype, leaves, result_and_gradients, spawn_python
 
-from fastmeta import functional, reference
+from fastmeta import _backend, functional, reference
 
 SEEDS = (0, 1, 2)  # orders; the first is that of the numbers
 FLOATS = {"f64": torch.float64, "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -111,9 +113,47 @@ def test_nvcc(case):
     check(case, emulation.CudaEmulator, "cpp")
 
 
-@pytest.mark.parametrize("capability", (80, 120))
+@pytest.mark.parametrize("architecture", (80, 120))
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_triton(case, capability):
+def test_triton(case, architecture):
     if missing := emulation.triton_is_missing():
         pytest.skip(missing)
-    check(case, lambda seed: emulation.TritonEmulator(seed, capability), "triton")
+    check(case, lambda seed: emulation.TritonEmulator(seed, architecture), "triton")
+
+
+def test_triton_interpreter():
+    """A second opinion on the Triton kernels: Triton's interpreter, right for float32 and float16 (and for bfloat16 wrong)."""
+    if _backend.missing_triton:
+        pytest.skip(_backend.missing_triton)
+    code = """
+import emulation, test_gpu_kernels as t
+for case in t.CASES:
+    if case.dtype in ("f32", "f16"):
+        t.check(case, emulation.InterpretedEmulator, "triton", seeds=(0,))
+        print(case)
+"""
+    process = spawn_python("-c", code, environment={"TRITON_INTERPRET": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    output = finish(process, 0)
+    assert output.count("\n") >= 20, output
+
+
+@pytest.mark.parametrize("name", (L, A))
+def test_triton_compiles_for_other_targets(name):
+    """What the other tests do not compile for: sm_100, and AMD's gfx942."""
+    if missing := emulation.triton_is_missing():
+        pytest.skip(missing)
+    case = Case(name, (1, 75, 25, 64, 5), scale="tensor")
+    args, keywords = inputs(case)
+    with emulation.emulated("triton", emulation.CompilingEmulator(100, "gfx942")) as run:
+        result_and_gradients(getattr(functional, name), args, keywords, torch.ones(1, 75, 5))
+    binaries = [next(kind for kind in ("cubin", "hsaco") if kind in compiled.asm) for compiled in run.compiled]
+    assert binaries.count("cubin") == binaries.count("hsaco") >= 2
+
+
+def test_cuda_is_built_for_all_targets():
+    if (module := emulation.cuda_module()) is None:
+        pytest.skip(f"the CUDA kernels are not there ({_backend.missing_cuda})")
+    built = module.build_info()["architectures"].split(", ")
+    if os.environ.get("FASTMETA_CUDA_ARCHITECTURES"):
+        pytest.skip(f"built for {built} only, by FASTMETA_CUDA_ARCHITECTURES")
+    assert built == ["75", "80", "86", "89", "90", "100", "120"]

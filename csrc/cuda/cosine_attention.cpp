@@ -84,7 +84,7 @@ template <template <typename, bool> class Memory, bool kValues, typename T> int6
   if (p.supports > S::kOwn || p.features > S::kEpisodeColumns || p.columns > (kValues ? S::kEpisodeColumns : S::kEpisodeClasses)) return 0;
   if (p.queries > 2 * S::kOther && p.batch < kEnoughBlocks / 4) return 0;  // many queries and few episodes: more blocks are faster
   Arena arena;
-  Memory<T, kValues>(arena, S::episode_stride(p.features), S::episode_stride(p.columns));
+  Memory<T, kValues>(arena, S::episode_stride(p.features), kValues ? S::episode_stride(p.columns) : S::class_stride(p.columns));
   return arena.used() <= device.shared_limit() ? arena.used() : 0;
 }
 
@@ -181,21 +181,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Arguments& a, const Te
   const Target<T> values(device, kValues ? a.third : a.query, needs_values, p.query_parts);
   p.of_query = query.gradient(), p.of_support = support.gradient(), p.of_values = values.gradient();
 
-  // Sums between one tile of the stream and the next: in shared memory if there is room.
-  const bool query_gathers = p.of_query.to && query_stream > p.support_parts, support_gathers = support_stream > p.query_parts;
-  p.shared_features = query_gathers || (p.of_support.to && support_gathers) ? p.features : 0;
-  p.shared_columns = p.of_values.to && support_gathers ? p.columns : 0;
+  // Where a part of the stream is more than one strip the sums between are kept, in the gradient itself if it holds them exactly.
   Optional of_query, of_support, of_values;
-  if (shared_bytes<BackwardMemory<T, kValues>>(p) > kTileShared) {
-    p.shared_features = p.shared_columns = 0;
-    auto gather = [&](Optional& kept, Gradient<T>& gradient, int64_t blocks, int64_t columns) {
-      kept = device.empty({blocks * S::kOwn * columns}, kScalarType<T>);
-      gradient.unfinished = data<T>(*kept);
-    };
-    if (query_gathers) gather(of_query, p.of_query, query_blocks, p.features);
-    if (support_gathers && p.of_support.to) gather(of_support, p.of_support, support_blocks, p.features);
-    if (support_gathers && p.of_values.to) gather(of_values, p.of_values, support_blocks, p.columns);
-  }
+  auto keep_between = [&](Optional& kept, Gradient<T>& gradient, const Tensor& tensor, int64_t stream, int64_t parts) {
+    if (!gradient.to || gradient.parts || ceil_divide(stream, parts) <= S::kStrip / S::kOther) return;
+    if (tensor.scalar_type() != kScalarType<T>) kept = device.empty({tensor.numel()}, kScalarType<T>);
+    gradient.between = kept ? data<T>(*kept) : static_cast<T*>(gradient.to);
+  };
+  keep_between(of_query, p.of_query, query.tensor, query_stream, p.support_parts);
+  keep_between(of_support, p.of_support, support.tensor, support_stream, p.query_parts);
+  keep_between(of_values, p.of_values, values.tensor, support_stream, p.query_parts);
 
   Reduce<T> reduce{};
   reduce.sums[0] = query.sum(), reduce.sums[1] = support.sum(), reduce.sums[2] = values.sum();
@@ -209,7 +204,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Arguments& a, const Te
       p.scale_parts = data<T>(*scale_parts), reduce.scales = p.scale_parts, reduce.to_scales = data<T>(to_scales);
     }
   }
-  device.launch(kernels.backward, query_blocks + support_blocks, kThreads, shared_bytes<BackwardMemory<T, kValues>>(p), p);
+  device.launch(kernels.backward, query_blocks + support_blocks, kThreads, shared_bytes<BackwardMemory<T, kValues>>(), p);
 
   int64_t most = reduce.to_scales ? p.batch : 0;
   for (const auto& sum : reduce.sums) most = std::max(most, sum.size);

@@ -114,6 +114,12 @@ template <typename T> struct Source {
 
   __device__ __forceinline__ Source(const View& view, int64_t b, Element element, const int* index, const T* factor = nullptr)
       : data(view.data), begin(b * view.strides[0]), row(view.strides[1]), column(view.strides[2]), element(element), index(index), factor(factor) {}
+  __device__ __forceinline__ Source from(int row) const {
+    Source rest = *this;
+    rest.index += row;
+    if (factor) rest.factor += row;
+    return rest;
+  }
 
   // kColumns columns of kCount rows, from column `first` on; zeros past the end, at `length`, and for absent rows.
   template <int kCount, int kColumns> __device__ __forceinline__ void stage(int first, int length, T* to, int stride) const {
@@ -173,6 +179,12 @@ template <typename T> __device__ __forceinline__ bool is_real(const Attention<T>
   return s < p.supports && (!p.mask.data || static_cast<const bool*>(p.mask.data)[b * p.mask.strides[0] + s * p.mask.strides[1]]);
 }
 
+// The label of support s, -1 where it is out of range.
+template <typename T> __device__ __forceinline__ int label_of(const Attention<T>& p, int64_t b, int s) {
+  const int64_t label = static_cast<const int64_t*>(p.third.data)[b * p.third.strides[0] + s * p.third.strides[1]];
+  return label >= 0 && label < p.columns ? int(label) : -1;
+}
+
 // The real ones of kCount supports from `begin` on. Between two barriers.
 template <bool kValues, int kCount, typename T>
 __device__ __forceinline__ void choose(const Attention<T>& p, int64_t b, int64_t begin, const Chosen& to) {
@@ -183,11 +195,8 @@ __device__ __forceinline__ void choose(const Attention<T>& p, int64_t b, int64_t
     if (is_real(p, b, s)) {
       key = 0, at = int(s);
       if constexpr (!kValues) {
-        const int64_t label = static_cast<const int64_t*>(p.third.data)[b * p.third.strides[0] + s * p.third.strides[1]];
-        if (label >= 0 && label < p.columns)
-          key = int(label);
-        else
-          at = kBadLabel;
+        key = max(label_of(p, b, at), 0);
+        if (label_of(p, b, at) < 0) at = kBadLabel;
       }
     }
     to.keys[t] = key;
@@ -266,12 +275,12 @@ template <typename T, bool kTensorCores> struct Accumulator {
   }
 
   // at += weights rows, of `count` rows (a multiple of 8) that have `width` columns.
-  __device__ __forceinline__ void product(const T* weights, const T* rows, int stride, int count, int width) {
+  __device__ __forceinline__ void product(const T* weights, int weight_stride, const T* rows, int stride, int count, int width) {
 #pragma unroll 1
     for (int k = 0; k < count; k += Tile<T>::kVector) {
       Vector<T> a[kRows];
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) a[i] = load_vector(weights + (threadIdx.x / 16 + 8 * i) * Tile<T>::kScoreStride + k);
+      for (int i = 0; i < kRows; ++i) a[i] = load_vector(weights + (threadIdx.x / 16 + 8 * i) * weight_stride + k);
 #pragma unroll
       for (int v = 0; v < Tile<T>::kVector; ++v) {
         T b[kRows];
@@ -306,6 +315,7 @@ template <> struct Accumulator<float, true> {
   }
 
   __device__ __forceinline__ void dots(const float* own, const float* other, int stride, int length) {
+#pragma unroll 1
     for (int d = 0; d < length; d += 8) {
       float a[4];
       load_rows(own + d, stride, a);
@@ -318,11 +328,11 @@ template <> struct Accumulator<float, true> {
     }
   }
 
-  __device__ __forceinline__ void product(const float* weights, const float* rows, int stride, int count, int) {
-#pragma unroll 2
+  __device__ __forceinline__ void product(const float* weights, int weight_stride, const float* rows, int stride, int count, int) {
+#pragma unroll 1
     for (int k = 0; k < count; k += 8) {
       float a[4], high[4], low[4];
-      load_rows(weights + k, Tile<float>::kScoreStride, a);
+      load_rows(weights + k, weight_stride, a);
 #pragma unroll
       for (int i = 0; i < 4; ++i) high[i] = to_tf32(a[i]), low[i] = to_tf32(a[i] - high[i]);
 #pragma unroll
@@ -380,14 +390,17 @@ __device__ __forceinline__ int to_eight(int count) { return (count + 7) / 8 * 8;
 
 // weights rows, [kOwn, length], in pieces, of the first `count` rows: emit(row, column, value) for each number, neighbouring columns by neighbouring threads.
 template <typename T, bool kTensorCores, typename Emit>
-__device__ __forceinline__ void product_tile(const T* weights, const Source<T>& rows, int count, int length, T* stage, const Emit& emit) {
+__device__ __forceinline__ void product_tile(const T* weights, int stride, const Source<T>& rows, int count, int length, T* stage, const Emit& emit) {
   using S = Tile<T>;
   for (int first = 0; first < length; first += S::kColumns) {
-    __syncthreads();
-    rows.template stage<S::kOther, S::kColumns>(first, length, stage, S::kColumnStride);
-    __syncthreads();
     Accumulator<T, kTensorCores> sums;
-    sums.product(weights, stage, S::kColumnStride, to_eight(count), S::kColumns);
+#pragma unroll 1
+    for (int row = 0; row == 0 || row < count; row += S::kOther) {
+      __syncthreads();
+      rows.from(row).template stage<S::kOther, S::kColumns>(first, length, stage, S::kColumnStride);
+      __syncthreads();
+      sums.product(weights + row, stride, stage, S::kColumnStride, to_eight(min(S::kOther, count - row)), S::kColumns);
+    }
     __syncthreads();
     sums.store(stage, S::kColumns);
     __syncthreads();
@@ -441,26 +454,26 @@ template <typename T> __device__ __forceinline__ T score_of(const Attention<T>& 
   return scale * factor_of(p, a, i, b, j) * (dot * a.unit[i] * b.unit[j]);
 }
 
-// For `count` queries, a divisor of kThreads, by threads side by side; for values the total only with kTotal.
-template <typename T, bool kValues, bool kTotal = true>
-__device__ __forceinline__ void take_incoming(const Backward<T>& p, int64_t b, const int* index, int count, const Incoming<T>& to) {
+// For `count` queries, a divisor of kThreads, by threads side by side. `log_at(i, c)` and `grad_at(i, c)`: log-sum and gradient of class c of query i; for
+// values the total is only made with kTotal.
+template <typename T, bool kValues, bool kTotal, typename LogAt, typename GradAt>
+__device__ __forceinline__ void take_incoming(const Backward<T>& p, int64_t b, const int* index, int count, const Incoming<T>& to, const LogAt& log_at,
+                                              const GradAt& grad_at) {
   const int each = kThreads / count, i = threadIdx.x / each, q = index[i];
   T top = -infinity<T>(), sum = 0, total = 0;
-  const int64_t grad = b * p.grad.strides[0] + q * p.grad.strides[1];
   if (q >= 0) {
     if constexpr (kValues) {
       const int64_t result = b * p.result.strides[0] + q * p.result.strides[1];
       for (int c = threadIdx.x % each; kTotal && c < p.columns; c += each)
-        total += load<T>(p.grad.data, grad + c * p.grad.strides[2], p.element) * load<T>(p.result.data, result + c * p.result.strides[2], p.element);
+        total += grad_at(i, c) * load<T>(p.result.data, result + c * p.result.strides[2], p.element);
     } else {
-      const T* logs = p.log_sums + (b * p.queries + q) * p.columns;
       for (int c = threadIdx.x % each; c < p.columns; c += each) {
-        const T log_sum = logs[c];
+        const T log_sum = log_at(i, c);
         if (log_sum == -infinity<T>()) continue;  // a class without support gives no gradient
         const T before = top;
         top = fmax(top, log_sum);
         sum = sum * exp_about(before, top) + exp_about(log_sum, top);
-        total += load<T>(p.grad.data, grad + c * p.grad.strides[2], p.element);
+        total += grad_at(i, c);
       }
     }
   }
@@ -472,25 +485,16 @@ __device__ __forceinline__ void take_incoming(const Backward<T>& p, int64_t b, c
     }
   }
   if (threadIdx.x % each == 0) {
-    T log_sum = kValues ? (q >= 0 ? p.log_sums[b * p.queries + q] : T(0)) : top + log(sum);
+    const T log_sum = kValues ? (q >= 0 ? p.log_sums[b * p.queries + q] : T(0)) : top + log(sum);
     // No support at all: +infinity makes every weight 0.
     to.log[i] = q < 0 || log_sum == -infinity<T>() ? infinity<T>() : log_sum;
     to.total[i] = total;
   }
 }
 
-// The slope of the loss by a score. For values `along_values` is the product of gradient and value, and `weight` a_ij, of which all are multiplied with `whole`.
-template <typename T, bool kValues>
-__device__ __forceinline__ T slope(const Backward<T>& p, int64_t b, int q, int s, T score, T log, T total, T along_values, T whole, T& weight) {
-  if constexpr (kValues) {
-    weight = exp(score - log) * whole;
-    return weight * (along_values - total);
-  } else {
-    const int64_t label = static_cast<const int64_t*>(p.third.data)[b * p.third.strides[0] + s * p.third.strides[1]];
-    if (label < 0 || label >= p.columns) return T(NAN);
-    const T grad = load<T>(p.grad.data, b * p.grad.strides[0] + q * p.grad.strides[1] + label * p.grad.strides[2], p.element);
-    return exp(score - p.log_sums[(b * p.queries + q) * p.columns + label]) * grad - exp(score - log) * total;
-  }
+// The slope of the loss by a score, with labels: `log_sum` and `grad` are of the class of the support.
+template <typename T> __device__ __forceinline__ T class_slope(T score, T log_sum, T grad, T log, T total) {
+  return exp(score - log_sum) * grad - exp(score - log) * total;
 }
 
 // The sum of a number of each thread, in thread 0, by way of kWarps numbers of shared memory. Between two barriers.
@@ -599,7 +603,7 @@ template <typename T, bool kValues, bool kTensorCores> __device__ __forceinline_
         peak[i] = now, sum[i] = sum[i] * shrink[i] + added;
       }
       const Source<T> values(p.third, b, p.element, other.index);
-      product_tile<T, kTensorCores>(scores, values, real, p.columns, stage, [&](int row, int column, T x) {
+      product_tile<T, kTensorCores>(scores, kStride, values, real, p.columns, stage, [&](int row, int column, T x) {
         T* gathered = state + row * p.columns + column;
         if (begun) x += *gathered * shrink[row];
         if (!ends || p.parts > 1)
@@ -695,99 +699,129 @@ template <typename T, bool kValues, bool kTensorCores> __device__ __forceinline_
   const T scale = scale_of(p, b);
 
   Arena arena(shared_memory);
-  const BackwardMemory<T, kValues> memory(arena, p);
-  T *stage = memory.stage, *flow = memory.flow, *weights = memory.weights, *radial = memory.radial;
+  const BackwardMemory<T, kValues> memory(arena);
+  T *stage = memory.stage, *radial = memory.radial;
   const Rows<T> own = memory.rows, other = own.from(S::kOwn);
   const Incoming<T>& incoming = memory.incoming;
-  const Gradient<T>& of_own = owns_queries ? p.of_query : p.of_support;
-  T* unfinished = of_own.unfinished ? of_own.unfinished + block * S::kOwn * p.features : memory.features;
-  T* unfinished_values = p.of_values.unfinished ? p.of_values.unfinished + block * S::kOwn * p.columns : memory.columns;
 
-  const int first = own_tile * S::kOwn;
+  const int first = own_tile * S::kOwn, count = min(S::kOwn, own_rows - first);
   if (t < S::kOwn) {
     const int i = first + t;
     own.index[t] = i < own_rows && (owns_queries || is_real(p, b, i)) ? i : kAbsent, own.factor[t] = T(1), radial[t] = T(0);
+    if (!kValues && !owns_queries) memory.labels[t] = own.index[t] >= 0 ? label_of(p, b, i) : 0;
   }
   __syncthreads();
-  if (owns_queries) take_incoming<T, kValues>(p, b, own.index, S::kOwn, incoming);
+  const int* query_index = owns_queries ? own.index : other.index;
+  const auto log_at = [&](int i, int c) { return p.log_sums[(b * p.queries + query_index[i]) * p.columns + c]; };
+  const auto grad_at = [&](int i, int c) {
+    return load<T>(p.grad.data, b * p.grad.strides[0] + query_index[i] * p.grad.strides[1] + c * p.grad.strides[2], p.element);
+  };
+  if (owns_queries) take_incoming<T, kValues, true>(p, b, own.index, S::kOwn, incoming, log_at, grad_at);
 
   const View &own_view = owns_queries ? p.query : p.support, &other_view = owns_queries ? p.support : p.query;
   const View &own_value_view = owns_queries ? p.grad : p.third, &other_value_view = owns_queries ? p.third : p.grad;  // for values
   const Source<T> own_source(own_view, b, p.element, own.index, own.factor), other_source(other_view, b, p.element, other.index, other.factor);
   const bool own_divided = owns_queries ? p.normalize == kBoth : p.normalize != kNone, other_divided = owns_queries ? p.normalize != kNone : p.normalize == kBoth;
   const int64_t tiles = (other_rows + S::kOther - 1) / S::kOther, begin = tiles * part / parts, end = tiles * (part + 1) / parts;
+  const int64_t to = b * own_rows + first, part_rows = int64_t(p.batch) * own_rows * part;
   T scale_sum = 0;
-  int64_t at = begin;
+  int64_t strip = begin;
   do {  // once even where the other side has no rows: the gradients are then 0
-    const bool begins = at == begin, ends = at + 1 >= end;
-    __syncthreads();
-    if (t < S::kOther) {
-      const int64_t j = at * S::kOther + t;
-      other.index[t] = j < other_rows && (!owns_queries || is_real(p, b, j)) ? int(j) : kAbsent;
-    }
-    __syncthreads();
-    if (!owns_queries) take_incoming<T, kValues>(p, b, other.index, S::kOther, incoming);
-    if constexpr (kValues) {
-      const Source<T> of_own(own_value_view, b, p.element, own.index), of_other(other_value_view, b, p.element, other.index);
-      dot_tile<T, kTensorCores>(of_own, of_other, p.columns, stage, weights, S::kScoreStride, [](const T*) {});
-    }
-    measured_tile<T, kTensorCores>(p, own_source, other_source, own_divided, other_divided, own, stage, flow, S::kScoreStride);
-    const int count = min(S::kOwn, own_rows - first), others = int(min(int64_t(S::kOther), other_rows - at * S::kOther));
-    for (int i = warp(); i < count; i += kWarps) {
-      T along_row = 0;
-      for (int j = lane(); j < to_eight(others); j += 32) {
-        T out = 0, weight = 0;
-        if (own.index[i] >= 0 && other.index[j] >= 0) {
-          const int at_query = owns_queries ? i : j, q = owns_queries ? own.index[i] : other.index[j], s = owns_queries ? other.index[j] : own.index[i];
-          const T u = factor_of(p, own, i, other, j), cosine = flow[i * S::kScoreStride + j] * own.unit[i] * other.unit[j];
-          const T along_values = kValues ? weights[i * S::kScoreStride + j] : T(0);
-          const T ds = slope<T, kValues>(p, b, q, s, scale * u * cosine, incoming.log[at_query], incoming.total[at_query], along_values, T(1), weight);
-          scale_sum += ds * u * cosine;
-          along_row += scale * ds * (separable(p) ? T(1) : radial_factor(p.eps_mode, u)) * cosine;
-          out = scale * ds * u * other.unit[j];
-        }
-        flow[i * S::kScoreStride + j] = out;
-        if constexpr (kValues) weights[i * S::kScoreStride + j] = weight;
+    const bool begins = strip == begin, ends = strip + 2 >= end;
+    int streamed = 0;  // rows of the strip
+    for (int half = 0; half < 2 && strip + half < end; ++half) {
+      const int64_t from = (strip + half) * S::kOther;
+      const int others = int(min(int64_t(S::kOther), other_rows - from));
+      T *flow = memory.flow + half * S::kOther, *weights = memory.weights + half * S::kOther;
+      streamed += others;
+      __syncthreads();
+      if (t < S::kOther) {
+        const int64_t j = from + t;
+        other.index[t] = j < other_rows && (!owns_queries || is_real(p, b, j)) ? int(j) : kAbsent;
+        memory.strip_index[half * S::kOther + t] = other.index[t];
+        if (!kValues && owns_queries) memory.labels[t] = other.index[t] >= 0 ? label_of(p, b, int(j)) : 0;
       }
-      along_row = warp_sum(along_row);
-      if (lane() == 0) radial[i] += along_row;
+      __syncthreads();
+      if (!owns_queries) take_incoming<T, kValues, true>(p, b, other.index, S::kOther, incoming, log_at, grad_at);
+      if constexpr (kValues) {
+        const Source<T> of_own(own_value_view, b, p.element, own.index), of_other(other_value_view, b, p.element, other.index);
+        dot_tile<T, kTensorCores>(of_own, of_other, p.columns, stage, weights, S::kStripStride, [](const T*) {});
+      }
+      measured_tile<T, kTensorCores>(p, own_source, other_source, own_divided, other_divided, own, stage, flow, S::kStripStride);
+      if (t < S::kOther) memory.strip_factor[half * S::kOther + t] = other.factor[t];
+      // Of the queries log-sums and gradients of all classes, where they fit in what was the stage: the loop below reads them in no order that memory likes.
+      const int queries = owns_queries ? count : others, query_first = owns_queries ? first : int(from), class_stride = S::class_stride(p.columns);
+      const bool staged = !kValues && 2 * queries * class_stride <= S::kStage;
+      if (staged) {
+        for (int e = t; e < queries * p.columns; e += kThreads) {
+          const int i = e / p.columns, c = e % p.columns;
+          stage[i * class_stride + c] = p.log_sums[(b * p.queries + query_first) * p.columns + e];
+          stage[(queries + i) * class_stride + c] = grad_at(i, c);
+        }
+        __syncthreads();
+      }
+      for (int i = warp(); i < count; i += kWarps) {
+        T along_row = 0;
+        for (int j = lane(); j < to_eight(others); j += 32) {
+          T out = 0, weight = 0;
+          if (own.index[i] >= 0 && other.index[j] >= 0) {
+            const int q = owns_queries ? i : j, s = owns_queries ? j : i;
+            const T u = factor_of(p, own, i, other, j), cosine = flow[i * S::kStripStride + j] * own.unit[i] * other.unit[j], score = scale * u * cosine;
+            T ds;
+            if constexpr (kValues) {
+              weight = exp(score - incoming.log[q]);
+              ds = weight * (weights[i * S::kStripStride + j] - incoming.total[q]);
+            } else {
+              const int label = memory.labels[s];
+              const T log_sum = staged ? stage[q * class_stride + max(label, 0)] : log_at(q, max(label, 0));
+              const T grad = staged ? stage[(queries + q) * class_stride + max(label, 0)] : grad_at(q, max(label, 0));
+              ds = label < 0 ? T(NAN) : class_slope(score, log_sum, grad, incoming.log[q], incoming.total[q]);
+            }
+            scale_sum += ds * u * cosine;
+            along_row += scale * ds * (separable(p) ? T(1) : radial_factor(p.eps_mode, u)) * cosine;
+            out = scale * ds * u * other.unit[j];
+          }
+          flow[i * S::kStripStride + j] = out;
+          if constexpr (kValues) weights[i * S::kStripStride + j] = weight;
+        }
+        along_row = warp_sum(along_row);
+        if (lane() == 0) radial[i] += along_row;
+      }
     }
-    const int64_t to = b * own_rows + first;
-    if (of_own.to)
-      product_tile<T, kTensorCores>(flow, other_source, others, p.features, stage, [&](int row, int column, T x) {
-        T* gathered = unfinished + row * p.features + column;
-        if (!begins) x += *gathered;
-        if (!ends) {
-          *gathered = x;
-        } else if (row < count) {
+    // A number of a gradient: to the sum of the strips so far, or the last one to where it belongs.
+    const auto gather = [&](const Gradient<T>& of, int row, int column, int columns, T x, const auto& finish) {
+      if (row >= count) return;
+      const int64_t place = (to + row) * columns + column;
+      T* sum = of.parts ? of.parts + part_rows * columns + place : of.between + place;
+      if (!begins) x += *sum;
+      if (!ends)
+        *sum = x;
+      else if (of.parts)
+        *sum = finish(x);
+      else
+        store(of.to, place, finish(x), p.element, true);
+    };
+    const Gradient<T>& of_own = owns_queries ? p.of_query : p.of_support;
+    if (of_own.to) {
+      const Source<T> rows(other_view, b, p.element, memory.strip_index, memory.strip_factor);
+      product_tile<T, kTensorCores>(memory.flow, S::kStripStride, rows, streamed, p.features, stage, [&](int row, int column, T x) {
+        gather(of_own, row, column, p.features, x, [&](T sum) {
           const int i = own.index[row];
           const T unit = i < 0 ? T(0)
                                : load<T>(own_view.data, b * own_view.strides[0] + i * own_view.strides[1] + column * own_view.strides[2], p.element) *
                                      own.factor[row] * own.unit[row];
-          x = own.inverse[row] * (x - radial[row] * own.active[row] * unit);
-          const int64_t place = (to + row) * p.features + column;
-          if (of_own.parts)
-            of_own.parts[part * int64_t(p.batch) * own_rows * p.features + place] = x;
-          else
-            store(of_own.to, place, x, p.element, true);
-        }
+          return own.inverse[row] * (sum - radial[row] * own.active[row] * unit);
+        });
       });
+    }
     if constexpr (kValues)
       if (p.of_values.to && !owns_queries) {
-        const Source<T> grads(p.grad, b, p.element, other.index);
-        product_tile<T, kTensorCores>(weights, grads, others, p.columns, stage, [&](int row, int column, T x) {
-          T* gathered = unfinished_values + row * p.columns + column;
-          if (!begins) x += *gathered;
-          const int64_t place = (to + row) * p.columns + column;
-          if (!ends)
-            *gathered = x;
-          else if (row < count && p.of_values.parts)
-            p.of_values.parts[part * int64_t(p.batch) * own_rows * p.columns + place] = x;
-          else if (row < count)
-            store(p.of_values.to, place, x, p.element, true);
-        });
+        const Source<T> grads(p.grad, b, p.element, memory.strip_index);
+        product_tile<T, kTensorCores>(memory.weights, S::kStripStride, grads, streamed, p.columns, stage,
+                                      [&](int row, int column, T x) { gather(p.of_values, row, column, p.columns, x, [](T sum) { return sum; }); });
       }
-  } while (++at < end);
+    strip += 2;
+  } while (strip < end);
   if (owns_queries && p.scale_parts) {
     __syncthreads();
     scale_sum = block_sum(scale_sum, memory.across);
@@ -944,7 +978,7 @@ template <typename T, bool kValues> __device__ __forceinline__ void episode_forw
 template <typename T, bool kValues> __device__ __forceinline__ void episode_backward(const Backward<T>& p) {
   using S = Tile<T>;
   constexpr int kPieces = S::kEpisodeColumns / S::kColumns;
-  const int t = threadIdx.x, stride = S::episode_stride(p.features), value_stride = S::episode_stride(p.columns);
+  const int t = threadIdx.x, stride = S::episode_stride(p.features), value_stride = kValues ? S::episode_stride(p.columns) : S::class_stride(p.columns);
   const int64_t b = blockIdx.x;
   const T scale = scale_of(p, b);
   Arena arena(shared_memory);
@@ -954,7 +988,12 @@ template <typename T, bool kValues> __device__ __forceinline__ void episode_back
   const Rows<T> own = memory.rows, other = own.from(S::kOwn);
   const Incoming<T>& incoming = memory.incoming;
 
-  if (t < S::kOwn) own.index[t] = is_real(p, b, t) ? t : kAbsent, radial[t] = T(0);
+  if (t < S::kOwn) {
+    own.index[t] = is_real(p, b, t) ? t : kAbsent, radial[t] = T(0);
+    if (!kValues) memory.labels[t] = own.index[t] >= 0 ? label_of(p, b, t) : 0;
+  }
+  const auto log_at = [&](int i, int c) { return memory.logs[i * value_stride + c]; };
+  const auto grad_at = [&](int i, int c) { return grads[i * value_stride + c]; };
   __syncthreads();
   Source<T>(p.support, b, p.element, own.index).template stage<S::kOwn>(p.features, supports, stride);
   if constexpr (kValues) Source<T>(p.third, b, p.element, own.index).template stage<S::kOwn>(p.columns, values, value_stride);
@@ -969,9 +1008,16 @@ template <typename T, bool kValues> __device__ __forceinline__ void episode_back
     if (t < S::kOther) other.index[t] = t < count ? first + t : kAbsent;
     __syncthreads();
     Source<T>(p.query, b, p.element, other.index).template stage<S::kOther>(p.features, queries, stride);
-    if constexpr (kValues) Source<T>(p.grad, b, p.element, other.index).template stage<S::kOther>(p.columns, grads, value_stride);
-    take_incoming<T, kValues, !kValues>(p, b, other.index, S::kOther, incoming);
+    if constexpr (kValues)
+      Source<T>(p.grad, b, p.element, other.index).template stage<S::kOther>(p.columns, grads, value_stride);
+    else
+      for (int e = t; e < count * p.columns; e += kThreads) {
+        const int i = e / p.columns, c = e % p.columns;
+        memory.logs[i * value_stride + c] = p.log_sums[(b * p.queries + first) * p.columns + e];
+        grads[i * value_stride + c] = load<T>(p.grad.data, b * p.grad.strides[0] + (first + i) * p.grad.strides[1] + c * p.grad.strides[2], p.element);
+      }
     __syncthreads();
+    take_incoming<T, kValues, !kValues>(p, b, other.index, S::kOther, incoming, log_at, grad_at);
     pack_rows(p, p.normalize == kBoth, S::kOther, queries, stride, other);
     __syncthreads();
     {
@@ -1006,9 +1052,14 @@ template <typename T, bool kValues> __device__ __forceinline__ void episode_back
         T out = 0, weight = 0;
         if (own.index[i] >= 0 && other.index[j] >= 0) {
           const T u = factor_of(p, own, i, other, j), cosine = flow[i * S::kScoreStride + j];
-          const T along_values = kValues ? weights[i * S::kScoreStride + j] : T(0);
-          const T ds = slope<T, kValues>(p, b, other.index[j], own.index[i], scale * u * cosine, incoming.log[j], incoming.total[j], along_values,
-                                         kValues ? whole[j] : T(1), weight);
+          T ds;
+          if constexpr (kValues) {
+            weight = exp(scale * u * cosine - incoming.log[j]) * whole[j];
+            ds = weight * (weights[i * S::kScoreStride + j] - incoming.total[j]);
+          } else {
+            const int label = memory.labels[i];
+            ds = label < 0 ? T(NAN) : class_slope(scale * u * cosine, log_at(j, label), grad_at(j, label), incoming.log[j], incoming.total[j]);
+          }
           const T along = scale * ds * (separable(p) ? T(1) : radial_factor(p.eps_mode, u)) * cosine;
           scale_sum += ds * u * cosine, along_row += along, radial_parts[warp() * S::kOther + j] += along;
           out = scale * ds * u;
@@ -1023,9 +1074,9 @@ template <typename T, bool kValues> __device__ __forceinline__ void episode_back
 #pragma unroll
     for (int piece = 0; piece < kPieces; ++piece) {
       if (p.of_support.to && piece * S::kColumns < p.features)
-        of_support[piece].product(flow, queries + piece * S::kColumns, stride, to_eight(count), p.features - piece * S::kColumns);
+        of_support[piece].product(flow, S::kScoreStride, queries + piece * S::kColumns, stride, to_eight(count), p.features - piece * S::kColumns);
       if (kValues && p.of_values.to && piece * S::kColumns < p.columns)
-        of_values[piece].product(weights, grads + piece * S::kColumns, value_stride, to_eight(count), p.columns - piece * S::kColumns);
+        of_values[piece].product(weights, S::kScoreStride, grads + piece * S::kColumns, value_stride, to_eight(count), p.columns - piece * S::kColumns);
     }
     if (p.of_query.to) {
       __syncthreads();
@@ -1078,24 +1129,25 @@ template <typename T, bool kValues> __device__ __forceinline__ void episode_back
 
 // ---- the kernels -----------------------------------------------------------------------------------------------------------------------
 
-#define FASTMETA_DEFINE(name, Parameters, call)                                                                              \
-  extern "C" __global__ void __launch_bounds__(fastmeta::kThreads, 4) name(const __grid_constant__ Parameters p) { call; }
-#define FASTMETA_DEFINE_TILES(suffix, T, kTensorCores)                                                                                      \
-  FASTMETA_DEFINE(cosine_attention_forward_##suffix, fastmeta::Forward<T>, (fastmeta::forward_tiles<T, true, kTensorCores>(p)))             \
-  FASTMETA_DEFINE(cosine_attention_backward_##suffix, fastmeta::Backward<T>, (fastmeta::backward_tiles<T, true, kTensorCores>(p)))          \
-  FASTMETA_DEFINE(matching_log_probs_forward_##suffix, fastmeta::Forward<T>, (fastmeta::forward_tiles<T, false, kTensorCores>(p)))          \
-  FASTMETA_DEFINE(matching_log_probs_backward_##suffix, fastmeta::Backward<T>, (fastmeta::backward_tiles<T, false, kTensorCores>(p)))
-#define FASTMETA_DEFINE_REST(suffix, T)                                                                                                      \
-  FASTMETA_DEFINE(cosine_attention_episode_forward_##suffix, fastmeta::Forward<T>, (fastmeta::episode_forward<T, true>(p)))                  \
-  FASTMETA_DEFINE(cosine_attention_episode_backward_##suffix, fastmeta::Backward<T>, (fastmeta::episode_backward<T, true>(p)))               \
-  FASTMETA_DEFINE(matching_log_probs_episode_forward_##suffix, fastmeta::Forward<T>, (fastmeta::episode_forward<T, false>(p)))               \
-  FASTMETA_DEFINE(matching_log_probs_episode_backward_##suffix, fastmeta::Backward<T>, (fastmeta::episode_backward<T, false>(p)))            \
-  FASTMETA_DEFINE(cosine_attention_merge_##suffix, fastmeta::Forward<T>, (fastmeta::merge<T, true>(p)))                                      \
-  FASTMETA_DEFINE(matching_log_probs_merge_##suffix, fastmeta::Forward<T>, (fastmeta::merge<T, false>(p)))                                   \
-  FASTMETA_DEFINE(cosine_attention_reduce_##suffix, fastmeta::Reduce<T>, (fastmeta::reduce<T>(p)))
+// kBlocks: how many shall fit on a processor. Where shared memory has no room for four, as in an episode's backward and in float64, three have more registers.
+#define FASTMETA_DEFINE(name, Parameters, kBlocks, call) \
+  extern "C" __global__ void __launch_bounds__(fastmeta::kThreads, kBlocks) name(const __grid_constant__ Parameters p) { call; }
+#define FASTMETA_DEFINE_TILES(suffix, T, kTensorCores, kBlocks)                                                                                      \
+  FASTMETA_DEFINE(cosine_attention_forward_##suffix, fastmeta::Forward<T>, kBlocks, (fastmeta::forward_tiles<T, true, kTensorCores>(p)))             \
+  FASTMETA_DEFINE(cosine_attention_backward_##suffix, fastmeta::Backward<T>, kBlocks, (fastmeta::backward_tiles<T, true, kTensorCores>(p)))          \
+  FASTMETA_DEFINE(matching_log_probs_forward_##suffix, fastmeta::Forward<T>, kBlocks, (fastmeta::forward_tiles<T, false, kTensorCores>(p)))          \
+  FASTMETA_DEFINE(matching_log_probs_backward_##suffix, fastmeta::Backward<T>, kBlocks, (fastmeta::backward_tiles<T, false, kTensorCores>(p)))
+#define FASTMETA_DEFINE_REST(suffix, T)                                                                                                         \
+  FASTMETA_DEFINE(cosine_attention_episode_forward_##suffix, fastmeta::Forward<T>, 4, (fastmeta::episode_forward<T, true>(p)))                  \
+  FASTMETA_DEFINE(cosine_attention_episode_backward_##suffix, fastmeta::Backward<T>, 3, (fastmeta::episode_backward<T, true>(p)))               \
+  FASTMETA_DEFINE(matching_log_probs_episode_forward_##suffix, fastmeta::Forward<T>, 4, (fastmeta::episode_forward<T, false>(p)))               \
+  FASTMETA_DEFINE(matching_log_probs_episode_backward_##suffix, fastmeta::Backward<T>, 4, (fastmeta::episode_backward<T, false>(p)))            \
+  FASTMETA_DEFINE(cosine_attention_merge_##suffix, fastmeta::Forward<T>, 4, (fastmeta::merge<T, true>(p)))                                      \
+  FASTMETA_DEFINE(matching_log_probs_merge_##suffix, fastmeta::Forward<T>, 4, (fastmeta::merge<T, false>(p)))                                   \
+  FASTMETA_DEFINE(cosine_attention_reduce_##suffix, fastmeta::Reduce<T>, 4, (fastmeta::reduce<T>(p)))
 
-FASTMETA_DEFINE_TILES(float, float, false)
-FASTMETA_DEFINE_TILES(double, double, false)
-FASTMETA_DEFINE_TILES(tensor_core, float, true)
+FASTMETA_DEFINE_TILES(float, float, false, 4)
+FASTMETA_DEFINE_TILES(double, double, false, 3)
+FASTMETA_DEFINE_TILES(tensor_core, float, true, 4)
 FASTMETA_DEFINE_REST(float, float)
 FASTMETA_DEFINE_REST(double, double)

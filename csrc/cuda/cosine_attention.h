@@ -20,9 +20,11 @@ template <typename T> struct Tile {
   static constexpr int kChunk = 32, kChunkStride = kChunk + kVector;  // features staged at a time for scores
   static constexpr int kColumns = 16 * kRows, kColumnStride = kColumns + 2 * kVector;  // columns of a product at a time
   static constexpr int kScoreStride = kOther + kVector;
+  static constexpr int kStrip = 2 * kOther, kStripStride = kStrip + kVector;  // scores that a backward keeps, for one product with all their rows
   static constexpr int kStage = (kOwn + kOther) * kChunkStride > kOther * kColumnStride ? (kOwn + kOther) * kChunkStride : kOther * kColumnStride;
   // An episode that is one block's alone: supports are its own rows, and rows are this long at most.
   static constexpr int kEpisodeColumns = 2 * kColumns, kEpisodeClasses = 128;
+  static constexpr FASTMETA_EVERYWHERE int class_stride(int classes) { return classes | 1; }
   static constexpr FASTMETA_EVERYWHERE int episode_stride(int columns) { return (columns + 31) / 32 * 32 + kVector; }
 };
 
@@ -58,11 +60,11 @@ template <typename T> struct Forward : Attention<T> {
   T* log_sums;                 // [B, Q], or for labels [B, Q, C]
 };
 
-// A gradient [B, rows, columns], and the sums of the parts that it is gathered from.
+// A gradient [B, rows, columns].
 template <typename T> struct Gradient {
-  void* to;       // null where it is not wanted
-  T* parts;       // [parts, B, rows, columns], or null: there is one part
-  T* unfinished;  // [blocks, kOwn, columns]: sums between one tile and the next, or null: in shared memory
+  void* to;    // null where it is not wanted
+  T* parts;    // [parts, B, rows, columns]: what each part of the stream gives; null where there is one part
+  T* between;  // [B, rows, columns]: the sums between one strip of the stream and the next of a single part; may be `to`; null where one strip is all
 };
 
 template <typename T> struct Backward : Attention<T> {
@@ -70,7 +72,6 @@ template <typename T> struct Backward : Attention<T> {
   const T* log_sums;
   int32_t query_tiles, support_parts;  // blocks whose own rows are queries, and the parts that the supports are cut into for them
   int32_t support_tiles, query_parts;  // the same the other way round
-  int32_t shared_features, shared_columns;  // numbers of a row between tiles that have room in shared memory: all or none
   Gradient<T> of_query, of_support, of_values;
   T* scale_parts;  // [B, query_tiles, support_parts]; null where the gradient of the scales is not wanted
   T* to_scales;    // [B]: where an episode is one block's alone
@@ -162,13 +163,15 @@ template <typename T, bool kValues> struct BackwardMemory {
   using S = Tile<T>;
   T *stage, *flow, *weights;
   Rows<T> rows;
+  int* strip_index;
+  T* strip_factor;
   T *radial, *across;
   Incoming<T> incoming;
-  T *features, *columns;
-  FASTMETA_EVERYWHERE BackwardMemory(Arena& arena, const Backward<T>& p)
-      : stage(arena.take<T>(S::kStage)), flow(arena.take<T>(S::kOwn * S::kScoreStride)), weights(arena.take<T>(kValues ? S::kOwn * S::kScoreStride : 0)),
-        rows(arena, S::kOwn + S::kOther), radial(arena.take<T>(S::kOwn)), across(arena.take<T>(kWarps)), incoming(arena, S::kOther),
-        features(arena.take<T>(S::kOwn * p.shared_features)), columns(arena.take<T>(S::kOwn * p.shared_columns)) {}
+  int* labels;  // of the supports of a tile
+  FASTMETA_EVERYWHERE explicit BackwardMemory(Arena& arena)
+      : stage(arena.take<T>(S::kStage)), flow(arena.take<T>(S::kOwn * S::kStripStride)), weights(arena.take<T>(kValues ? S::kOwn * S::kStripStride : 0)),
+        rows(arena, S::kOwn + S::kOther), strip_index(arena.take<int>(S::kStrip)), strip_factor(arena.take<T>(S::kStrip)),
+        radial(arena.take<T>(S::kOwn)), across(arena.take<T>(kWarps)), incoming(arena, S::kOther), labels(arena.take<int>(kValues ? 0 : S::kOther)) {}
 };
 
 template <typename T, bool kValues> struct EpisodeForwardMemory {
@@ -186,18 +189,22 @@ template <typename T, bool kValues> struct EpisodeForwardMemory {
         segment_of(arena.take<int>(S::kEpisodeClasses)) {}
 };
 
+// `third_stride`: of the rows of values and of gradients; with labels, of gradients and log-sums by class, which no two threads side by side are to read in
+// the same bank.
 template <typename T, bool kValues> struct EpisodeBackwardMemory {
   using S = Tile<T>;
-  T *supports, *queries, *flow, *weights, *values, *grads;
+  T *supports, *queries, *flow, *weights, *values, *grads, *logs;
   Rows<T> rows;
   Incoming<T> incoming;
   T *radial, *radial_parts, *across, *whole;
-  FASTMETA_EVERYWHERE EpisodeBackwardMemory(Arena& arena, int stride, int value_stride)
+  int* labels;
+  FASTMETA_EVERYWHERE EpisodeBackwardMemory(Arena& arena, int stride, int third_stride)
       : supports(arena.take<T>(S::kOwn * stride)), queries(arena.take<T>(S::kOther * stride)), flow(arena.take<T>(S::kOwn * S::kScoreStride)),
-        weights(arena.take<T>(kValues ? S::kOwn * S::kScoreStride : 0)), values(arena.take<T>(kValues ? S::kOwn * value_stride : 0)),
-        grads(arena.take<T>(kValues ? S::kOther * value_stride : 0)), rows(arena, S::kOwn + S::kOther), incoming(arena, S::kOther),
+        weights(arena.take<T>(kValues ? S::kOwn * S::kScoreStride : 0)), values(arena.take<T>(kValues ? S::kOwn * third_stride : 0)),
+        grads(arena.take<T>(S::kOther * third_stride)), logs(arena.take<T>(kValues ? 0 : S::kOther * third_stride)), rows(arena, S::kOwn + S::kOther),
+        incoming(arena, S::kOther),
         radial(arena.take<T>(S::kOwn)), radial_parts(arena.take<T>(kWarps * S::kOther)), across(arena.take<T>(kWarps)),
-        whole(arena.take<T>(kValues ? S::kOther : 0)) {}
+        whole(arena.take<T>(kValues ? S::kOther : 0)), labels(arena.take<int>(kValues ? 0 : S::kOwn)) {}
 };
 
 }  // namespace fastmeta

@@ -42,7 +42,7 @@ def _accumulation(dtype):
 def _dot(x, y, sums):
     """``sums + x @ y``, in the type of ``sums``. "ieee": the float32 of the default would be TF32, with 11 bits."""
     if sums.dtype == tl.float64:  # Triton 3.8 does not compile its product in float64
-        return sums + tl.sum(x[:, :, None] * y[None, :, :], 1)
+        return sums + tl.sum(x[:, None, :] * tl.trans(y)[None, :, :], 2)
     else:
         return tl.dot(x, y, sums, input_precision="ieee")
 
@@ -331,22 +331,39 @@ def merge_kernel(parts_result, parts_log_sums, result, log_sums, rows: tl.int32,
 
 
 @triton.jit
-def _incoming_of_classes(grad, log_sums, real, grad_row, grad_column, C, BLOCK_C: tl.constexpr):
-    """Over the classes of some queries that have supports: the log-sum of all, and the sum of the gradients."""
+def _pick(x, label, of_query):
+    """Of ``x [queries, classes]`` the column of the label, for each pair of own rows and others."""
+    if of_query:
+        picked = tl.gather(x, label, 1)
+    else:
+        picked = tl.gather(tl.trans(x), label, 0)
+    return picked
+
+
+@triton.jit
+def _incoming_of_classes(grad, log_sums, real, grad_row, grad_column, label, of_query, C, BLOCK_C: tl.constexpr):
+    """Of the class of each pair the log-sum and the gradient; of the classes of each query that have supports the log-sum of all and the sum of
+    the gradients."""
     A: tl.constexpr = log_sums.dtype.element_ty
+    of_class = tl.zeros(label.shape, A)
+    grad_of_class = tl.zeros(label.shape, A)
     top = tl.full([real.shape[0]], float("-inf"), A)
     sums = tl.zeros([real.shape[0]], A)
     total = tl.zeros([real.shape[0]], A)
-    for c in tl.range(0, C, BLOCK_C, num_stages=1):
+    for c in tl.range(0, C, BLOCK_C, num_stages=1, disable_licm=True):
         offsets, inside = _tile(A, real, C, c, C, 1, False, BLOCK_C)
         x = tl.load(log_sums + c + offsets, mask=inside, other=float("-inf"))
         g = _load_rows(grad, real, grad_row, c, C, grad_column, False, BLOCK_C).to(A)
+        here = (label >= c) & (label < c + BLOCK_C)
+        position = tl.where(here, label - c, 0)
+        of_class = tl.where(here, _pick(x, position, of_query), of_class)
+        grad_of_class = tl.where(here, _pick(g, position, of_query), grad_of_class)
         total += tl.sum(tl.where(x == float("-inf"), 0.0, g), 1)
         new_top = tl.maximum(top, tl.max(x, 1))
         base = tl.where(new_top == float("-inf"), 0.0, new_top)
         sums = sums * tl.exp(top - base) + tl.sum(tl.exp(x - base[:, None]), 1)
         top = new_top
-    return top + tl.log(sums), total
+    return of_class, grad_of_class, top + tl.log(sums), total
 
 
 @triton.jit
@@ -458,20 +475,16 @@ def backward_kernel(grad, query, support, third, mask, scales, result, log_sums,
                 q_grad = grad + q_first * grad_row
                 q_log_sums = log_sums + (b * Q + q_first) * (C if LABELS else 1)
                 s_third = third + s_first * third_row
-                if LABELS:
-                    log_total, total = _incoming_of_classes(q_grad, q_log_sums, q_real, grad_row, grad_column, C, BLOCK_C)
-                    label = _load_labels(s_third, third_row, tl.where(of_query, other_real, own_real), C)
                 cosine, u, own_factor, own_multiplier, own_inverse, own_active, other_factor, other_multiplier = _cosines(
                     own, own_real, own_row, own_column, normalize > of_query.to(tl.int32), other + start * other_row.to(tl.int64), other_real,
                     other_row, other_column, normalize > 1 - of_query.to(tl.int32), D, eps_mode, epsilon, ALIGNED, BLOCK_D)
                 own_scale = own_multiplier * own_factor
                 scores = factor * u * cosine
                 if LABELS:
-                    label = _across(label, ~of_query)
+                    label = _across(_load_labels(s_third, third_row, tl.where(of_query, other_real, own_real), C), ~of_query)
                     scores = tl.where(label < 0, float("nan"), scores)
-                    label, row = tl.maximum(label, 0), tl.arange(0, BLOCK)
-                    of_class = tl.load(q_log_sums + (_across(row * C, of_query) + label), mask=pair, other=0.0)
-                    g = tl.load(q_grad + (_across(row * grad_row, of_query) + label * grad_column), mask=pair, other=0.0).to(A)
+                    of_class, g, log_total, total = _incoming_of_classes(q_grad, q_log_sums, q_real, grad_row, grad_column,
+                                                                         tl.maximum(label, 0), of_query, C, BLOCK_C)
                     ds = tl.exp(scores - of_class) * g - tl.exp(scores - _across(log_total, of_query)) * _across(total, of_query)
                     matrix = ds
                 else:

@@ -1,11 +1,12 @@
 // A machine that executes PTX: see README.md for what it checks. Written from NVIDIA's PTX ISA manual.
 //
-// program.py turns a kernel into a program: instructions with a handler, a guard and operands. An operand is the place of a register, 32 lanes side by side, in
-// the frame of the warp, or, where its highest bit is set, of a constant. Values of up to 32 bits take 32 bits a lane, wider ones 64; a predicate is a mask of
-// 32 lanes. Handlers work on all lanes and keep the results of those in the mask.
+// program.py turns a kernel into a program: instructions with a handler, a guard and operands. An operand is the place of a register, 32
+// lanes side by side, in the frame of the warp, or, where its highest bit is set, of a constant. Values of up to 32 bits take 32 bits a
+// lane, wider ones 64; a predicate is a mask of 32 lanes. Handlers work on all lanes and keep the results of those in the mask.
 //
-// Every warp has a vector clock, which barriers join; an epoch is an interval of one warp between two of its barriers. Each byte of memory knows the epoch
-// of its last write and those of the reads after it, so an access knows whether it is ordered after them. Blocks are never ordered.
+// Every warp has a vector clock, which barriers join; an epoch is an interval of one warp between two of its barriers. Each byte of memory
+// knows the epoch of its last write and those of the reads after it, so an access knows whether it is ordered after them. Blocks are never
+// ordered.
 
 #include <algorithm>
 #include <bit>
@@ -46,13 +47,13 @@ constexpr u64 kSharedBase = 1024;
 
 #define EACH_LANE(m) for (u32 rest_ = (m), l = 0; rest_ && (l = u32(std::countr_zero(rest_)), true); rest_ &= rest_ - 1)
 
-// ---- numbers -------------------------------------------------------------------------------------------------------------------------
+// ---- numbers -----------------------------------------------------------------------------------------------------------------------
 
 template <class To, class From> To bits(From x) { return std::bit_cast<To>(x); }
 
 // Nearest even is 0, so that 0 is also the flags of an instruction without any.
-enum Flags : s64 { kRn = 0, kRz = 1, kRm = 2, kRp = 3, kRna = 4, kRounding = 7, kInteger = 8, kFtz = 16, kSat = 32, kRelu = 64, kNaN = 128, kSatFinite = 256,
-                   kXorSign = 512 };
+constexpr s64 kRn = 0, kRz = 1, kRm = 2, kRp = 3, kRna = 4, kRounding = 7;
+constexpr s64 kInteger = 8, kFtz = 16, kSat = 32, kRelu = 64, kNaN = 128, kSatFinite = 256, kXorSign = 512;
 
 // Hardware rounds as `flags` say while this lives.
 struct RoundingScope {
@@ -71,7 +72,8 @@ template <class T> struct Pair {};
 // `x` rounded to float so that a second rounding, to half as many bits or fewer, gives what one rounding would: inexact results are odd.
 inline float odd_float(double x) {
   const float f = float(x);
-  if (double(f) == x || x != x || std::isinf(f) || (bits<u32>(f) & 1)) return std::isinf(f) && !std::isinf(x) ? std::copysign(3.4028235e38f, f) : f;
+  if (double(f) == x || x != x || std::isinf(f) || (bits<u32>(f) & 1))
+    return std::isinf(f) && !std::isinf(x) ? std::copysign(3.4028235e38f, f) : f;
   return std::nextafterf(f, x > double(f) ? INFINITY : -INFINITY);
 }
 inline double odd_fma(double a, double b, double c) {
@@ -127,12 +129,22 @@ template <> struct Number<bf16> {
 };
 template <class T> using Slot = typename Number<T>::Slot;
 template <class T> using Value = typename Number<T>::Value;
-template <class T> constexpr bool is_float = std::is_same_v<T, float> || std::is_same_v<T, double> || std::is_same_v<T, f16> || std::is_same_v<T, bf16>;
+template <class T>
+constexpr bool is_float = std::is_same_v<T, float> || std::is_same_v<T, double> || std::is_same_v<T, f16> || std::is_same_v<T, bf16>;
 
-// `x` to a format of `precision` bits with least exponent `least`: one rounding, as `flags` say.
-double round_to(double x, int precision, int least, double largest, s64 flags) {
+struct Format {
+  int precision, least;  // bits of a number, the first one included; its smallest exponent
+  double largest;
+};
+constexpr Format kTf32{11, -126, 0x1.ffcp127};
+template <class T> constexpr Format kHalf{11, -14, 65504.0};
+template <> inline constexpr Format kHalf<bf16>{8, -126, 0x1.fep127};
+
+// `x` in a format: one rounding, as `flags` say.
+double round_to(double x, const Format& format, s64 flags) {
+  const double largest = format.largest;
   if (x == 0 || !std::isfinite(x)) return (flags & kSatFinite) && std::isinf(x) ? std::copysign(largest, x) : x;
-  const double quantum = std::ldexp(1.0, std::max(std::ilogb(x), least) - precision + 1), y = x / quantum;
+  const double quantum = std::ldexp(1.0, std::max(std::ilogb(x), format.least) - format.precision + 1), y = x / quantum;
   double r;
   switch (flags & kRounding) {
     case kRz: r = std::trunc(y); break;
@@ -148,7 +160,7 @@ double round_to(double x, int precision, int least, double largest, s64 flags) {
   return stays ? std::copysign(largest, x) : std::copysign(INFINITY, x);
 }
 
-// ---- the program -----------------------------------------------------------------------------------------------------------------------
+// ---- the program -------------------------------------------------------------------------------------------------------------------
 
 struct Warp;
 struct Instruction;
@@ -188,7 +200,7 @@ void fail(const char* kind, int lane, const char* format, ...) {
   throw Finding{kind, text, lane};
 }
 
-// ---- memory ------------------------------------------------------------------------------------------------------------------------------
+// ---- memory ------------------------------------------------------------------------------------------------------------------------
 
 enum Space : int { kGlobal, kShared, kLocal, kConst, kParam, kGeneric };
 enum Access : int { kRead = 1, kWrite = 2, kAtomic = 4, kStrong = 8 };
@@ -199,7 +211,8 @@ struct Traffic {
   u64 unique_read, unique_written, unique_sectors_read, unique_sectors_written;
 };
 
-// States of a byte: an epoch; or, with the highest bit, a set of epochs. 0: untouched. 1: touched, and of no account. Last: read by several blocks.
+// States of a byte: an epoch; or, with the highest bit, a set of epochs. 0: untouched. 1: touched, and of no account. Last: read by several
+// blocks.
 constexpr u32 kTouched = 1, kFirstEpoch = 2, kSet = 0x80000000u, kManyBlocks = ~0u;
 
 struct Buffer {
@@ -233,7 +246,8 @@ struct Barrier {
 };
 
 struct Counters {
-  u64 shared_requests, shared_transactions, shared_ideal, redundant_writes, shared_read, shared_written, local_read, local_written, barriers, steps, clock;
+  u64 shared_requests, shared_transactions, shared_ideal, redundant_writes, shared_read, shared_written, local_read, local_written,
+      barriers, steps, clock;
 };
 
 struct Block;
@@ -317,7 +331,7 @@ struct Block {
   [[noreturn]] void stuck();
 };
 
-// ---- who is ordered after whom ---------------------------------------------------------------------------------------------------------
+// ---- who is ordered after whom -----------------------------------------------------------------------------------------------------
 
 void Warp::tick() {
   ++clock[index];
@@ -362,7 +376,8 @@ u32 Warp::with_reader(u32 state, Space space) {
     }
     if (std::find(members.begin(), members.end(), epoch) == members.end()) members.push_back(epoch);
     if (members.size() == 1) to = epoch;
-    else if (set && members.size() == block->sets[state - block->first_set].size() && members == block->sets[state - block->first_set]) to = state;
+    else if (set && members.size() == block->sets[state - block->first_set].size() && members == block->sets[state - block->first_set])
+      to = state;
     else block->sets.push_back(members), to = block->launch->next_set++;
   }
   from_state = state, to_state = to;
@@ -370,6 +385,11 @@ u32 Warp::with_reader(u32 state, Space space) {
 }
 
 inline bool uniform(const u32* p, u64 n) {
+  if (n == 4) {  // a word, the commonest
+    u64 low, high;
+    std::memcpy(&low, p, 8), std::memcpy(&high, p + 2, 8);
+    return low == high && u32(low) == u32(low >> 32);
+  }
   u32 difference = 0;
   for (u64 j = 1; j < n; ++j) difference |= p[j] ^ p[0];
   return !difference;
@@ -407,7 +427,8 @@ u64 find_race(Warp& w, const Span& s, int mode, Space space) {
   u64 at = first_failing(s.writes, s.n, [&](u32 id) { return w.ordered(id, space); });
   if (at == kFine && mode != kRead && !(mode == (kRead | kStrong)))
     at = first_failing(s.reads, s.n, [&](u32 state) { return w.all_ordered(state, space); });
-  if (at == kFine && s.atomics && !(mode & (kAtomic | kStrong))) at = first_failing(s.atomics, s.n, [&](u32 state) { return w.all_ordered(state, space); });
+  if (at == kFine && s.atomics && !(mode & (kAtomic | kStrong)))
+    at = first_failing(s.atomics, s.n, [&](u32 state) { return w.all_ordered(state, space); });
   return at;
 }
 
@@ -431,7 +452,7 @@ void record(Warp& w, const Span& s, int mode, Space space) {
   }
 }
 
-// ---- accesses to memory -------------------------------------------------------------------------------------------------------------------
+// ---- accesses to memory ------------------------------------------------------------------------------------------------------------
 
 const char* verb(int mode) { return mode & kAtomic ? "atomic operation" : mode & kWrite ? "write" : "read"; }
 
@@ -442,12 +463,15 @@ int lane_at(const u64* address, u32 m, int bytes, u64 byte) {
 
 struct Range { u64 begin, end; };
 
-// Joins the ranges of lanes whose addresses follow each other, or are the same.
+// Joins the ranges of lanes whose addresses follow each other, or are the same, and drops those of half and quarter warps that repeat.
 int join_ranges(const u64* address, u32 m, int bytes, Range* ranges) {
   int n = 0;
   EACH_LANE(m) {
     if (n && address[l] == ranges[n - 1].end) ranges[n - 1].end += bytes;
     else if (n && address[l] >= ranges[n - 1].begin && address[l] + bytes <= ranges[n - 1].end) continue;
+    else if ((l >= 16 && (m >> (l - 16) & 1) && address[l] == address[l - 16]) ||
+             (l >= 8 && (m >> (l - 8) & 1) && address[l] == address[l - 8]))
+      continue;
     else ranges[n++] = {address[l], address[l] + bytes};
   }
   return n;
@@ -472,33 +496,48 @@ void count_transactions(Counters& c, const u64* address, u32 m, int bytes) {
   for (int from = 0; from < kLanes; from += together) {
     const u32 part = m & (together == 32 ? kAll : ((1u << together) - 1) << from);
     if (!part) continue;
-    u64 words[kLanes][kLanes];
-    int count[kLanes] = {}, most = 1;
+    // The word of each bank; only where a bank has two of them are they counted.
+    u64 word_of[32], seen = 0;
+    bool conflict = false;
     EACH_LANE(part)
       for (u64 word = address[l] / 4; word < (address[l] + bytes + 3) / 4; ++word) {
-        const int bank = word % 32;
-        int k = 0;
-        while (k < count[bank] && words[bank][k] != word) ++k;
-        if (k == count[bank]) words[bank][k] = word, most = std::max(most, ++count[bank]);
+        const u64 bank = word % 32;
+        conflict |= (seen >> bank & 1) && word_of[bank] != word;
+        seen |= u64(1) << bank, word_of[bank] = word;
       }
+    int most = 1;
+    if (conflict) {
+      u64 words[32][kLanes];
+      int count[32] = {};
+      EACH_LANE(part)
+        for (u64 word = address[l] / 4; word < (address[l] + bytes + 3) / 4; ++word) {
+          const int bank = word % 32;
+          int k = 0;
+          while (k < count[bank] && words[bank][k] != word) ++k;
+          if (k == count[bank]) words[bank][k] = word, most = std::max(most, ++count[bank]);
+        }
+    }
     c.shared_transactions += most;
     ++c.shared_ideal;
   }
 }
 
 [[noreturn]] void fail_race(const char* kind, int lane, int mode, const char* where, u64 offset) {
-  fail(kind, lane, "%s of byte %llu of %s is not ordered after an earlier access of another %s", verb(mode), (unsigned long long)offset, where,
-       std::strcmp(kind, "shared-race") ? "warp or block" : "warp");
+  fail(kind, lane, "%s of byte %llu of %s is not ordered after an earlier access of another %s", verb(mode), (unsigned long long)offset,
+       where, std::strcmp(kind, "shared-race") ? "warp or block" : "warp");
 }
 
 [[noreturn]] void fail_outside(const Launch& launch, u64 at, int bytes, int mode, int lane) {
-  constexpr u64 kNear = 1 << 20;
+  const Buffer* nearest = nullptr;
+  u64 distance = 1 << 20;
+  bool past = false;
   for (const Buffer& b : launch.buffers) {
-    if (at - (b.base + b.size) < kNear)
-      fail("out-of-bounds", lane, "%s of %d bytes %llu bytes past the end of buffer #%llu", verb(mode), bytes, (unsigned long long)(at - b.base - b.size), (unsigned long long)b.name);
-    if (b.base - at <= kNear)
-      fail("out-of-bounds", lane, "%s of %d bytes %llu bytes before the beginning of buffer #%llu", verb(mode), bytes, (unsigned long long)(b.base - at), (unsigned long long)b.name);
+    const u64 after = at - (b.base + b.size), before = b.base - at;  // the wrong one of the two is huge
+    if (std::min(after, before) < distance) nearest = &b, distance = std::min(after, before), past = after < before;
   }
+  if (nearest)
+    fail("out-of-bounds", lane, "%s of %d bytes %llu bytes %s of buffer #%llu", verb(mode), bytes, (unsigned long long)distance,
+         past ? "past the end" : "before the beginning", (unsigned long long)nearest->name);
   fail("out-of-bounds", lane, "%s of %d bytes at 0x%llx, near no buffer", verb(mode), bytes, (unsigned long long)at);
 }
 
@@ -527,10 +566,13 @@ void access_global(Warp& w, u32 m, Space space, const u64* address, int bytes, i
       u64 j = 0;
       while ((state[j] & needed) == needed) ++j;
       const int lane = lane_at(address, m, bytes, begin + j);
-      const bool unwritable = (needed & kWritable) && !(state[j] & kWritable);
-      fail(!unwritable ? "uninitialised" : state[j] & kMember ? "read-only" : "out-of-bounds", lane, "%s of byte %llu of buffer #%llu%s", verb(mode),
-           (unsigned long long)(offset + j), (unsigned long long)b->name,
-           !unwritable ? ", which nobody wrote" : state[j] & kMember ? ", which is read-only" : ", which is no element of the tensor");
+      const char *kind = "uninitialised", *why = "which nobody wrote";
+      if ((needed & kWritable) && !(state[j] & kWritable)) {
+        if (state[j] & kMember) kind = "read-only", why = "which is read-only";
+        else kind = "out-of-bounds", why = "which is no element of the tensor";
+      }
+      fail(kind, lane, "%s of byte %llu of buffer #%llu, %s", verb(mode), (unsigned long long)(offset + j), (unsigned long long)b->name,
+           why);
     }
     if (space == kConst) continue;
     if (!b->writes) b->writes = zeros<u32>(b->size), b->reads = zeros<u32>(b->size), b->first = b->size, b->last = 0;
@@ -556,24 +598,26 @@ void access_global(Warp& w, u32 m, Space space, const u64* address, int bytes, i
   if (mode & (kWrite | kAtomic)) t.written += asked, t.sectors_written += sectors, t.ideal_written += ideal, ++t.requests_written;
 }
 
-// Two warps may write the same value to a byte, in any order: Triton's warps do where they hold copies of one element. Whoever touches it then must be ordered after
-// both, so they become members of the set of atomic operations. The first byte that is no such case and races, or kFine.
+// Two warps may write the same value to a byte, in any order: Triton's warps do where they hold copies of one element. Whoever touches it
+// then must be ordered after both, so they become members of the set of atomic operations. The first byte that is no such case and races,
+// or kFine.
 u64 find_different_write(Warp& w, const Span& s, const u8* present, const u8* const* value) {
   u32 from = 0, last = 0, to = 0;
   for (u64 j = 0; j < s.n; ++j) {
     const u32 id = s.writes[j];
+    const bool ordered = w.ordered(id, kShared);
     if (!w.all_ordered(s.reads[j], kShared)) return j;
-    if (w.ordered(id, kShared)) {
-      if (!w.all_ordered(s.atomics[j], kShared)) return j;
-      continue;
-    }
+    if (ordered && w.all_ordered(s.atomics[j], kShared)) continue;
     if (!value[j] || *value[j] != present[j]) return j;
+    if (ordered) continue;  // this warp wrote the same before
     if (!to || s.atomics[j] != from || id != last) {
       from = s.atomics[j], last = id;
       std::vector<u32> members{id, w.epoch};
-      if ((from & kSet) && from >= w.block->first_set)
-        for (u32 other : w.block->sets[from - w.block->first_set])
-          if (other != id && other != w.epoch && !w.ordered(other, kShared)) members.push_back(other);
+      auto add = [&](u32 other) {
+        if (other != id && other != w.epoch && !w.ordered(other, kShared)) members.push_back(other);
+      };
+      if (!(from & kSet)) add(from);
+      else if (from >= w.block->first_set) for (u32 other : w.block->sets[from - w.block->first_set]) add(other);
       w.block->sets.push_back(members), to = w.block->launch->next_set++;
     }
     s.atomics[j] = to;
@@ -594,22 +638,37 @@ void access_shared(Warp& w, u32 m, const u64* address, int bytes, int mode, cons
     if (begin < kSharedBase || end - kSharedBase > size) {
       int lane = -1;
       EACH_LANE(m) if (lane < 0 && (address[l] < kSharedBase || address[l] + bytes - kSharedBase > size)) lane = int(l);
-      fail("out-of-bounds", lane, "%s of %d bytes at byte %lld of shared memory, which has %llu", verb(mode), bytes, (long long)(address[lane] - kSharedBase),
-           (unsigned long long)size);
+      fail("out-of-bounds", lane, "%s of %d bytes at byte %lld of shared memory, which has %llu", verb(mode), bytes,
+           (long long)(address[lane] - kSharedBase), (unsigned long long)size);
     }
     const u64 offset = begin - kSharedBase, count = end - begin;
+    u32 *writes = block.writes.data() + offset, *reads = block.reads.data() + offset;
+    // Nothing special about these bytes, as nearly always.
+    if ((mode == kRead || mode == kWrite) && !later && !block.pending_bytes && block.atomics.empty() && uniform(writes, count) &&
+        uniform(reads, count) && w.ordered(writes[0], kShared)) {
+      if (mode == kRead && writes[0] >= block.first_epoch) {
+        if (reads[0] != w.epoch) std::fill_n(reads, count, w.with_reader(reads[0], kShared));
+        continue;
+      }
+      if (mode == kWrite && w.all_ordered(reads[0], kShared)) {
+        std::fill_n(writes, count, w.epoch), std::fill_n(reads, count, u32(reads[0] != 0));
+        continue;
+      }
+    }
     auto at = [&](u64 j) { return lane_at(address, m, bytes, begin + j); };
     if (block.pending_bytes)
       for (u64 j = 0; j < count; ++j)
         if (block.pending[offset + j])
-          fail("async-copy-unwaited", at(j), "%s of byte %llu of shared memory, which an asynchronous copy is yet to write", verb(mode), (unsigned long long)(offset + j));
+          fail("async-copy-unwaited", at(j), "%s of byte %llu of shared memory, which an asynchronous copy is yet to write", verb(mode),
+               (unsigned long long)(offset + j));
     if (mode & (kRead | kAtomic)) {
-      const u64 j = first_failing(block.writes.data() + offset, count, [&](u32 id) { return id >= block.first_epoch; });
-      if (j != kFine) fail("uninitialised", at(j), "%s of byte %llu of shared memory, which nobody wrote", verb(mode), (unsigned long long)(offset + j));
+      const u64 j = first_failing(writes, count, [&](u32 id) { return id >= block.first_epoch; });
+      if (j != kFine)
+        fail("uninitialised", at(j), "%s of byte %llu of shared memory, which nobody wrote", verb(mode), (unsigned long long)(offset + j));
     }
     if ((mode & kAtomic) || mode == (kWrite | kStrong))
       if (block.atomics.empty()) block.atomics.resize(size);
-    const Span span{block.writes.data() + offset, block.reads.data() + offset, block.atomics.empty() ? nullptr : block.atomics.data() + offset, count};
+    const Span span{writes, reads, block.atomics.empty() ? nullptr : block.atomics.data() + offset, count};
     u64 race = find_race(w, span, mode, kShared);
     if (race != kFine && values && mode == kWrite) {
       if (block.atomics.empty()) block.atomics.resize(size);
@@ -635,16 +694,20 @@ void access_local(Warp& w, u32 m, const u64* address, int bytes, int mode) {
   Counters& c = w.block->launch->counters;
   EACH_LANE(m) {
     if (address[l] + bytes > size || address[l] > size)
-      fail("out-of-bounds", int(l), "%s of %d bytes at byte %llu of local memory, which has %llu", verb(mode), bytes, (unsigned long long)address[l], (unsigned long long)size);
+      fail("out-of-bounds", int(l), "%s of %d bytes at byte %llu of local memory, which has %llu", verb(mode), bytes,
+           (unsigned long long)address[l], (unsigned long long)size);
     u8* state = &w.local_state[l * size + address[l]];
     for (int j = 0; j < bytes; ++j)
       if (mode & kWrite) state[j] = 1;
-      else if (!state[j]) fail("uninitialised", int(l), "%s of byte %llu of local memory, which nobody wrote", verb(mode), (unsigned long long)(address[l] + j));
+      else if (!state[j])
+        fail("uninitialised", int(l), "%s of byte %llu of local memory, which nobody wrote", verb(mode),
+             (unsigned long long)(address[l] + j));
   }
   (mode & kWrite ? c.local_written : c.local_read) += u64(bytes) * std::popcount(m);
 }
 
-// Checks and counts an access of `bytes` bytes by each lane in `m`; `host` gets where they lie on this machine. `values`: see access_shared.
+// Checks and counts an access of `bytes` bytes by each lane in `m`; `host` gets where they lie on this machine. `values`: see
+// access_shared.
 void access(Warp& w, u32 m, Space space, u64* address, int bytes, int mode, u8** host, const u8* values = nullptr) {
   if (space == kGeneric) {
     u32 shared = 0, local = 0, parameter = 0;
@@ -676,8 +739,8 @@ void access(Warp& w, u32 m, Space space, u64* address, int bytes, int mode, u8**
       Launch& launch = *w.block->launch;
       EACH_LANE(m) {
         if ((mode & kWrite) || address[l] + bytes > launch.parameter_bytes)
-          fail("out-of-bounds", int(l), "%s of %d bytes at byte %llu of the parameters, which have %llu", verb(mode), bytes, (unsigned long long)address[l],
-               (unsigned long long)launch.parameter_bytes);
+          fail("out-of-bounds", int(l), "%s of %d bytes at byte %llu of the parameters, which have %llu", verb(mode), bytes,
+               (unsigned long long)address[l], (unsigned long long)launch.parameter_bytes);
         host[l] = const_cast<u8*>(launch.parameters) + address[l];
       }
       break;
@@ -693,7 +756,13 @@ struct Layout {
   int width, count, space;
   bool wide, is_signed, strong, wide_address;
   explicit Layout(s64 b)
-      : width(b & 255), count(b >> 8 & 255), space(int(b >> 20 & 15)), wide(b >> 16 & 1), is_signed(b >> 17 & 1), strong(b >> 18 & 1), wide_address(b >> 19 & 1) {}
+      : width(b & 255),
+        count(b >> 8 & 255),
+        space(int(b >> 20 & 15)),
+        wide(b >> 16 & 1),
+        is_signed(b >> 17 & 1),
+        strong(b >> 18 & 1),
+        wide_address(b >> 19 & 1) {}
 };
 
 void addresses(const Warp& w, u32 operand, s64 offset, bool is_wide, u64* to) {
@@ -823,15 +892,14 @@ void atomic(Warp& w, const Instruction& i, u32 m) {
   }
 }
 
-// ---- asynchronous copies --------------------------------------------------------------------------------------------------------------------
+// ---- asynchronous copies -----------------------------------------------------------------------------------------------------------
 
-// x: destination, source, offset of the source, and bytes of the source or the predicate that ignores it. b: layout of the destination's address;
-// bit 24: the source's address has 64 bits; 25: bytes are given; 26: a predicate is.
+// x: destination, source, offset of the source, and bytes of the source or the predicate that ignores it. b: layout of the destination's
+// address; bit 24: the source's address has 64 bits; 25: bytes are given; 26: a predicate is.
 void copy_async(Warp& w, const Instruction& i, u32 m) {
   const Layout y(i.b);
   Block& block = *w.block;
   u64 to[kLanes], from[kLanes];
-  u8* host[kLanes];
   addresses(w, i.x[0], i.a, y.wide_address, to);
   addresses(w, i.x[1], s64(w.in<u64>(i.x[2])[0]), i.b >> 24 & 1, from);
   int present[kLanes];
@@ -840,10 +908,13 @@ void copy_async(Warp& w, const Instruction& i, u32 m) {
     present[l] = y.width;
     if (i.b >> 25 & 1) present[l] = int(w.in<u32>(i.x[3])[l]);
     if ((i.b >> 26 & 1) && (w.predicate(i.x[3]) >> l & 1)) present[l] = 0;
-    if (present[l] < 0 || present[l] > y.width) fail("async-copy-size", int(l), "a copy of %d bytes from a source of %d", y.width, present[l]);
+    if (present[l] < 0 || present[l] > y.width)
+      fail("async-copy-size", int(l), "a copy of %d bytes from a source of %d", y.width, present[l]);
     if (present[l]) left |= 1u << l;
-    if (to[l] & (y.width - 1)) fail("misaligned", int(l), "copy of %d bytes to byte %llu of shared memory", y.width, (unsigned long long)to[l]);
-    if (present[l] && (from[l] & (y.width - 1))) fail("misaligned", int(l), "copy of %d bytes from address 0x%llx", y.width, (unsigned long long)from[l]);
+    if (to[l] & (y.width - 1))
+      fail("misaligned", int(l), "copy of %d bytes to byte %llu of shared memory", y.width, (unsigned long long)to[l]);
+    if (present[l] && (from[l] & (y.width - 1)))
+      fail("misaligned", int(l), "copy of %d bytes from address 0x%llx", y.width, (unsigned long long)from[l]);
   }
   while (left) {
     const int size = present[std::countr_zero(left)];
@@ -858,7 +929,6 @@ void copy_async(Warp& w, const Instruction& i, u32 m) {
     for (int j = 0; j < y.width; ++j) block.pending[to[l] - kSharedBase + j] = 1;
     block.pending_bytes += y.width;
   }
-  (void)host;
 }
 
 void copy_commit(Warp& w, const Instruction&, u32 m) { EACH_LANE(m) ++w.groups[l]; }
@@ -879,7 +949,7 @@ void copy_wait(Warp& w, const Instruction& i, u32 m) {
   });
 }
 
-// ---- warps and barriers -----------------------------------------------------------------------------------------------------------------
+// ---- warps and barriers ------------------------------------------------------------------------------------------------------------
 
 // Lets the lanes at the smallest place run, together; false where none can.
 bool Warp::regroup() {
@@ -914,7 +984,7 @@ void Warp::leave(u32 m) {
     if (block->barriers[id].used) block->try_complete(id);
 }
 
-// An instruction that waits for all lanes of its member mask; the last operand.
+// An instruction that waits for all lanes of its member mask, its first operand.
 void Warp::sync_lanes(const Instruction& i, u32 m) {
   const u32* members = in<u32>(i.x[0]);
   const int here = pc;
@@ -932,7 +1002,8 @@ void Warp::sync_lanes(const Instruction& i, u32 m) {
     if (same & ~mask) fail(kind, std::countr_zero(same & ~mask), "member mask 0x%08x does not name the lane itself", mask);
     if (mask & ~live) {
       const int lane = std::countr_zero(mask & ~live);
-      fail(kind, std::countr_zero(same), "member mask 0x%08x names lane %d, which %s", mask, lane, exists >> lane & 1 ? "has exited" : "does not exist");
+      fail(kind, std::countr_zero(same), "member mask 0x%08x names lane %d, which %s", mask, lane,
+           exists >> lane & 1 ? "has exited" : "does not exist");
     }
     if (same != mask) continue;
     if (i.run) i.run(*this, i, same);
@@ -941,15 +1012,18 @@ void Warp::sync_lanes(const Instruction& i, u32 m) {
   }
 }
 
-// x: the barrier, how many threads (0: all), and for a reduction the result and the predicate. b: bit 0: does not wait; from 8: 1 popc, 2 and, 3 or.
+// x: the barrier, how many threads (0: all), and for a reduction the result and the predicate. b: bit 0: does not wait; from 8: 1 popc, 2
+// and, 3 or.
 void Warp::arrive(const Instruction& i, u32 m) {
   const int lane = std::countr_zero(m);
   const u32 id = in<u32>(i.x[0])[lane], count = in<u32>(i.x[1])[lane];
   if (id >= 16) fail("barrier", lane, "barrier %u, expected 0 to 15", id);
   if (count % 32) fail("barrier", lane, "barrier for %u threads, expected a multiple of 32", count);
-  EACH_LANE(m) if (in<u32>(i.x[0])[l] != id || in<u32>(i.x[1])[l] != count) fail("divergent-barrier", int(l), "lanes name different barriers");
+  EACH_LANE(m)
+  if (in<u32>(i.x[0])[l] != id || in<u32>(i.x[1])[l] != count) fail("divergent-barrier", int(l), "lanes name different barriers");
   Barrier& b = block->barriers[id];
-  if (b.used && b.count != count) fail("barrier", lane, "barrier %u for %u threads, but others came to it for %llu", id, count, (unsigned long long)b.count);
+  if (b.used && b.count != count)
+    fail("barrier", lane, "barrier %u for %u threads, but others came to it for %llu", id, count, (unsigned long long)b.count);
   b.used = true, b.count = count;
   b.arrived[index] |= m;
   for (int k = 0; k < kLanes; ++k) b.clock[k] = std::max(b.clock[k], clock[k]);
@@ -1001,6 +1075,12 @@ void Warp::run(u64 burst) {
   const Instruction* code = program->code.data();
   Launch& launch = *block->launch;
   u64 *lanes = launch.lanes, *issued = launch.warps, steps = 0;
+  auto count_steps = [&] {
+    if ((launch.counters.steps += steps) > launch.step_limit)
+      fail("step-limit", active ? std::countr_zero(active) : -1, "more than %llu instructions of threads",
+           (unsigned long long)launch.step_limit);
+    steps = 0;
+  };
   for (; burst; --burst) {
     if (pc >= limit || !active) {
       if (!regroup()) break;
@@ -1023,13 +1103,11 @@ void Warp::run(u64 burst) {
           EACH_LANE(rest) lane_pc[l] = pc + 1;
           active = 0;
         }
-        if (steps > (1 << 20)) {
-          if ((launch.counters.steps += steps) > launch.step_limit) fail("step-limit", -1, "more than %llu steps", (unsigned long long)launch.step_limit);
-          steps = 0;
-        }
+        if (steps > (1 << 20)) count_steps();
         break;
       }
       case kTable: {
+        if (steps > (1 << 20)) count_steps();
         const u32* index = in<u32>(i.x[0]);
         EACH_LANE(active & ~m) lane_pc[l] = pc + 1;
         EACH_LANE(m) {
@@ -1082,12 +1160,14 @@ void Warp::run(u64 burst) {
         if (m) arrive(i, m);
         else ++pc;
         break;
-      case kTrap: if (m) fail(i.a ? "assert" : "trap", std::countr_zero(m), "%s", i.a ? "an assertion of the kernel failed" : "the kernel stopped itself");
+      case kTrap:
+        if (m)
+          fail(i.a ? "assert" : "trap", std::countr_zero(m), "%s", i.a ? "an assertion of the kernel failed" : "the kernel stopped itself");
         ++pc;
         break;
     }
   }
-  if ((launch.counters.steps += steps) > launch.step_limit) fail("step-limit", -1, "more than %llu steps", (unsigned long long)launch.step_limit);
+  count_steps();
 }
 
 [[noreturn]] void Block::stuck() {
@@ -1097,10 +1177,11 @@ void Warp::run(u64 burst) {
     w.pc = w.lane_pc[lane];
     const Instruction& i = w.program->code[w.pc];
     launch->stuck_warp = w.index;
-    if (i.control == kAligned) fail("divergent-barrier", lane, "lanes 0x%08x of the warp are here, 0x%08x are elsewhere", w.parked, w.live & ~w.parked);
+    if (i.control == kAligned)
+      fail("divergent-barrier", lane, "lanes 0x%08x of the warp are here, 0x%08x are elsewhere", w.parked, w.live & ~w.parked);
     const u32 mask = w.in<u32>(i.x[0])[lane], absent = mask & ~w.parked;
-    fail(i.b & (s64(1) << 40) ? "shuffle-absent-lane" : "absent-lane", lane, "member mask 0x%08x names lane %d, which does not arrive", mask,
-         std::countr_zero(absent ? absent : mask));
+    fail(i.b & (s64(1) << 40) ? "shuffle-absent-lane" : "absent-lane", lane, "member mask 0x%08x names lane %d, which does not arrive",
+         mask, std::countr_zero(absent ? absent : mask));
   }
   for (Warp& w : warps) {
     if (!w.barred) continue;
@@ -1114,7 +1195,8 @@ void Warp::run(u64 burst) {
 
 void Block::start(u64 index) {
   number = index;
-  id[0] = u32(index % launch->grid[0]), id[1] = u32(index / launch->grid[0] % launch->grid[1]), id[2] = u32(index / launch->grid[0] / launch->grid[1]);
+  id[0] = u32(index % launch->grid[0]), id[1] = u32(index / launch->grid[0] % launch->grid[1]),
+  id[2] = u32(index / launch->grid[0] / launch->grid[1]);
   first_epoch = launch->next_epoch++, first_set = launch->next_set;
   epochs.assign(1, {0, 0});
   sets.clear(), transitions.clear();
@@ -1153,13 +1235,16 @@ void Block::start(u64 index) {
   }
 }
 
+// Instructions that a warp runs before the next one does even if nothing stops it: it may be waiting for another warp to write something.
+constexpr u64 kLongBurst = 1 << 20;
+
 void Block::run() {
   const u64 seed = launch->seed;
   if (seed == 0) {
     for (bool moved = true; moved;) {
       moved = false;
       for (Warp& w : warps)
-        if (w.runnable()) moved = true, launch->running = w.index, w.run(~u64(0));
+        if (w.runnable()) moved = true, launch->running = w.index, w.run(kLongBurst);
     }
   } else {
     for (std::vector<int> can;;) {
@@ -1175,9 +1260,8 @@ void Block::run() {
   for (Warp& w : warps)
     if (w.live) stuck();
 }
-// ---- arithmetic -------------------------------------------------------------------------------------------------------------------------
+// ---- arithmetic --------------------------------------------------------------------------------------------------------------------
 
-inline u32 kept(u32 m, u32 l) { return 0u - (m >> l & 1); }
 template <class S> inline void keep(S* to, u32 m, u32 l, S value) {
   const S mask = S(0) - S(m >> l & 1);
   to[l] = (to[l] & ~mask) | (value & mask);
@@ -1261,7 +1345,9 @@ template <class T, int N, auto F> struct Floating<Pair<T>, N, F> {
     const S *a = w.in<S>(i.x[1]), *b = N > 1 ? w.in<S>(i.x[2]) : a, *c = N > 2 ? w.in<S>(i.x[3]) : a;
     const s64 flags = Plain ? 0 : i.b;
     for (u32 l = 0; l < kLanes; ++l) {
-      auto part = [&](int k) { return S(compute<T, N, F, Plain>(Slot<T>(a[l] >> k & low), Slot<T>(b[l] >> k & low), Slot<T>(c[l] >> k & low), flags)); };
+      auto part = [&](int k) {
+        return S(compute<T, N, F, Plain>(Slot<T>(a[l] >> k & low), Slot<T>(b[l] >> k & low), Slot<T>(c[l] >> k & low), flags));
+      };
       keep(d, m, l, S(part(0) | part(half) << half));
     }
   }
@@ -1390,7 +1476,7 @@ template <class A, class B> u32 dot2(u32 a, u32 b, u32 c, s64 high) {
   return c;
 }
 
-// ---- comparisons --------------------------------------------------------------------------------------------------------------------------
+// ---- comparisons -------------------------------------------------------------------------------------------------------------------
 
 enum Comparison { kEq, kNe, kLt, kLe, kGt, kGe, kEqu, kNeu, kLtu, kLeu, kGtu, kGeu, kNum, kNan };
 template <int C, class V> inline bool holds(V a, V b) {
@@ -1460,13 +1546,18 @@ template <class T> void testp(Warp& w, const Instruction& i, u32 m) {
   u32 r = 0;
   for (int l = 0; l < kLanes; ++l) {
     const auto x = Number<T>::get(w.in<Slot<T>>(i.x[1])[l]);
-    const bool is[] = {bool(std::isfinite(x)), bool(std::isinf(x)), x == x, x != x, bool(std::isnormal(x)), x != 0 && std::isfinite(x) && !std::isnormal(x)};
+    const bool is[] = {bool(std::isfinite(x)),
+                       bool(std::isinf(x)),
+                       x == x,
+                       x != x,
+                       bool(std::isnormal(x)),
+                       x != 0 && std::isfinite(x) && !std::isnormal(x)};
     r |= u32(is[i.a]) << l;
   }
   w.set_predicate(i.x[0], r, m);
 }
 
-// ---- conversions ------------------------------------------------------------------------------------------------------------------------------
+// ---- conversions -------------------------------------------------------------------------------------------------------------------
 
 template <class V> V to_integer(V x, s64 flags) {
   switch (flags & kRounding) {
@@ -1491,8 +1582,7 @@ template <class D, class S> Slot<D> convert(Slot<S> s, s64 flags) {
         const u64 magnitude = v < 0 ? 0 - u64(v) : u64(v);
         x = std::copysign(double(magnitude >> 12 | u64((magnitude & 4095) != 0)) * 4096.0, x);
       }
-      x = round_to(x, std::is_same_v<D, f16> ? 11 : 8, std::is_same_v<D, f16> ? -14 : -126, std::is_same_v<D, f16> ? 65504.0 : 0x1.fep127, flags);
-      return Number<D>::put(finish<D>(x, flags));
+      return Number<D>::put(finish<D>(round_to(x, kHalf<D>, flags), flags));
     }
   } else {
     Value<S> x = Number<S>::get(s);
@@ -1511,8 +1601,7 @@ template <class D, class S> Slot<D> convert(Slot<S> s, s64 flags) {
         return Number<D>::put(finish<D>(D(x), flags));
       } else {
         const bool plain = !(flags & (kRounding | kSatFinite)) || std::is_same_v<D, S>;
-        const double r = plain ? double(x) : round_to(x, std::is_same_v<D, f16> ? 11 : 8, std::is_same_v<D, f16> ? -14 : -126, std::is_same_v<D, f16> ? 65504.0 : 0x1.fep127, flags);
-        return Number<D>::put(finish<D>(r, flags));
+        return Number<D>::put(finish<D>(plain ? double(x) : round_to(x, kHalf<D>, flags), flags));
       }
     }
   }
@@ -1533,14 +1622,14 @@ template <class D> void cvt_pair(Warp& w, const Instruction& i, u32 m) {
   for (u32 l = 0; l < kLanes; ++l)
     keep(w.out<u32>(i.x[0]), m, l, convert<D, float>(w.in<u32>(i.x[2])[l], i.b) | convert<D, float>(w.in<u32>(i.x[1])[l], i.b) << 16);
 }
-u32 round_tf32(u32 s, u32, u32, s64 flags) {
+u32 round_tf32(u32 s, s64 flags) {
   const float x = bits<float>(s);
   if (x != x) return 0x7fffffff;
   if (flags == kRna) return std::isinf(x) ? s : (s + 0x1000) & ~0x1fffu;
-  return bits<u32>(finish<float>(float(round_to(x, 11, -126, 0x1.ffcp127, flags)), flags & ~kFtz));
+  return bits<u32>(finish<float>(float(round_to(x, kTf32, flags)), flags & ~kFtz));
 }
 
-// ---- moves --------------------------------------------------------------------------------------------------------------------------------------
+// ---- moves -------------------------------------------------------------------------------------------------------------------------
 
 template <class S> void mov(Warp& w, const Instruction& i, u32 m) {
   S* d = w.out<S>(i.x[0]);
@@ -1605,7 +1694,10 @@ void is_space(Warp& w, const Instruction& i, u32 m) {
   u32 r = 0;
   EACH_LANE(m) {
     const u64 a = w.in<u64>(i.x[1])[l];
-    const Space space = a - kSharedWindow < kWindow ? kShared : a - kLocalWindow < kWindow ? kLocal : a - kParamWindow < kWindow ? kParam : kGlobal;
+    const Space space = a - kSharedWindow < kWindow  ? kShared
+                        : a - kLocalWindow < kWindow ? kLocal
+                        : a - kParamWindow < kWindow ? kParam
+                                                     : kGlobal;
     r |= u32(space == i.a) << l;
   }
   w.set_predicate(i.x[0], r, m);
@@ -1623,7 +1715,7 @@ void read_clock(Warp& w, const Instruction& i, u32 m) {
 }
 void nothing(Warp&, const Instruction&, u32) {}
 
-// ---- across the lanes of a warp; x[0] is the member mask ------------------------------------------------------------------------------------------
+// ---- across the lanes of a warp; x[0] is the member mask ---------------------------------------------------------------------------
 
 // x: mask, d, p, a, b, c. a: 0 up, 1 down, 2 bfly, 3 idx.
 void shfl(Warp& w, const Instruction& i, u32 m) {
@@ -1685,8 +1777,8 @@ void elect(Warp& w, const Instruction& i, u32 m) {
 }
 void active_mask(Warp& w, const Instruction& i, u32 m) { EACH_LANE(m) w.out<u32>(i.x[0])[l] = m; }
 
-// Up to four 8 x 8 matrices of 16-bit numbers, of which lane 8 k + r has the address of row r of the k-th. x: mask, address, registers. a: offset; b: layout, with
-// the count of matrices; bit 24: transposed.
+// Up to four 8 x 8 matrices of 16-bit numbers, of which lane 8 k + r has the address of row r of the k-th. x: mask, address, registers. a:
+// offset; b: layout, with the count of matrices; bit 24: transposed.
 constexpr u32 first_lanes(int n) { return n == kLanes ? kAll : (1u << n) - 1; }
 struct Place { u32 row, column; };
 inline Place matrix_place(const Instruction& i, u32 lane, u32 element) {
@@ -1713,7 +1805,7 @@ void stmatrix(Warp& w, const Instruction& i, u32) {
   const Layout y(i.b);
   u64 address[kLanes];
   u8* host[kLanes];
-  u16 rows[kLanes][8];
+  u16 rows[kLanes][8] = {};
   addresses(w, i.x[1], i.a, y.wide_address, address);
   for (int k = 0; k < y.count; ++k)
     for (u32 l = 0; l < kLanes; ++l)
@@ -1726,7 +1818,7 @@ void stmatrix(Warp& w, const Instruction& i, u32) {
   EACH_LANE(m) std::memcpy(host[l], rows[l], 16);
 }
 
-// ---- matrix products --------------------------------------------------------------------------------------------------------------------------------
+// ---- matrix products ---------------------------------------------------------------------------------------------------------------
 
 enum MatrixType : int { kMmaF16, kMmaBF16, kMmaTF32, kMmaS8, kMmaU8, kMmaF64 };
 
@@ -1742,21 +1834,22 @@ inline float element(int type, u32 s, int e) {
 }
 inline int elements(int type) { return type <= kMmaBF16 ? 2 : type <= kMmaTF32 ? 1 : 4; }
 
-// Products are exact and added one after the other in float32, each sum rounded toward zero: no better than hardware, which adds several at a time.
-template <int M, int N> void multiply_accumulate(const float (*a)[16 * 2], const float (*b)[N], float (*acc)[N], int k_size) {
+// Products are exact and added one after the other in float32, each sum rounded toward zero: no better than hardware, which adds several at
+// a time.
+void multiply_accumulate(const float (*a)[32], const float (*b)[8], float (*acc)[8], int k_size) {
   RoundingScope rounding(kRz);
-  for (int r = 0; r < M; ++r)
+  for (int r = 0; r < 16; ++r)
     for (int k = 0; k < k_size; ++k) {
       const float x = a[r][k];
-      for (int c = 0; c < N; ++c) acc[r][c] = __builtin_fmaf(x, b[k][c], acc[r][c]);
+      for (int c = 0; c < 8; ++c) acc[r][c] = __builtin_fmaf(x, b[k][c], acc[r][c]);
     }
 }
 
 // m16n8k*: x: mask, d, a, b, c. a: type of a | of b << 4 | k << 8 | half accumulators << 16 | integer accumulators << 17.
-void mma(Warp& w, const Instruction& i, u32 m) {
+void mma(Warp& w, const Instruction& i, u32) {
   const int type_a = int(i.a & 15), type_b = int(i.a >> 4 & 15), k_size = int(i.a >> 8 & 255);
   const bool half = i.a >> 16 & 1, integer = i.a >> 17 & 1;
-  const int per = elements(type_a), registers_a = k_size / per / 2 / 2 * 2 > 0 ? k_size / per / 4 * 2 : 0, registers_b = k_size / per / 4, registers_c = half ? 2 : 4;
+  const int per = elements(type_a), registers_a = k_size / per / 2, registers_b = k_size / per / 4, registers_c = half ? 2 : 4;
   const u32 *xd = i.x + 1, *xa = xd + registers_c, *xb = xa + registers_a, *xc = xb + registers_b;
   alignas(32) float a[16][32], b[32][8], acc[16][8];
   for (u32 l = 0; l < kLanes; ++l) {
@@ -1786,8 +1879,9 @@ void mma(Warp& w, const Instruction& i, u32 m) {
   }
   for (u32 l = 0; l < kLanes; ++l)
     for (int e = 0; e < 4; ++e)
-      acc[l / 4 + 8 * (e >> 1)][l % 4 * 2 + (e & 1)] = half ? wide(f16{u16(w.in<u32>(xc[e >> 1])[l] >> 16 * (e & 1))}) : bits<float>(w.in<u32>(xc[e])[l]);
-  multiply_accumulate<16, 8>(a, b, acc, k_size);
+      acc[l / 4 + 8 * (e >> 1)][l % 4 * 2 + (e & 1)] =
+          half ? wide(f16{u16(w.in<u32>(xc[e >> 1])[l] >> 16 * (e & 1))}) : bits<float>(w.in<u32>(xc[e])[l]);
+  multiply_accumulate(a, b, acc, k_size);
   for (u32 l = 0; l < kLanes; ++l) {
     auto at = [&](int e) { return acc[l / 4 + 8 * (e >> 1)][l % 4 * 2 + (e & 1)]; };
     if (half)
@@ -1795,12 +1889,12 @@ void mma(Warp& w, const Instruction& i, u32 m) {
     else
       for (int e = 0; e < 4; ++e) w.out<u32>(xd[e])[l] = Number<float>::put(at(e));
   }
-  (void)m;
 }
 
 // f64, m8n8k4 and m16n8k4, k8, k16. a: m | k << 8.
-void mma_f64(Warp& w, const Instruction& i, u32 m) {
-  const int rows = int(i.a & 255), k_size = int(i.a >> 8), blocks = rows / 8, registers_a = blocks * k_size / 4, registers_b = k_size / 4, registers_c = 2 * blocks;
+void mma_f64(Warp& w, const Instruction& i, u32) {
+  const int rows = int(i.a & 255), k_size = int(i.a >> 8), blocks = rows / 8, registers_a = blocks * k_size / 4, registers_b = k_size / 4,
+            registers_c = 2 * blocks;
   const u32 *xd = i.x + 1, *xa = xd + registers_c, *xb = xa + registers_a, *xc = xb + registers_b;
   double a[16][16], b[16][8], acc[16][8];
   for (u32 l = 0; l < kLanes; ++l) {
@@ -1814,12 +1908,11 @@ void mma_f64(Warp& w, const Instruction& i, u32 m) {
       for (int k = 0; k < k_size; ++k) acc[r][c] = std::fma(a[r][k], b[k][c], acc[r][c]);
   for (u32 l = 0; l < kLanes; ++l)
     for (int e = 0; e < registers_c; ++e) w.out<u64>(xd[e])[l] = bits<u64>(acc[l / 4 + 8 * (e >> 1)][l % 4 * 2 + (e & 1)]);
-  (void)m;
 }
 
-// Fragments of wmma have no prescribed layout. Here the elements of a tile, in the order of memory for a and b and by rows for c and d, are dealt out to
-// the lanes in pieces of equal length. x: mask, address, stride, registers. a: rows | columns << 8 | type << 16 | by columns << 20 | fragment of c << 21;
-// b: layout.
+// Fragments of wmma have no prescribed layout. Here the elements of a tile, in the order of memory for a and b and by rows for c and d, are
+// dealt out to the lanes in pieces of equal length. x: mask, address, stride, registers. a: rows | columns << 8 | type << 16 | by columns
+// << 20 | fragment of c << 21; b: layout.
 void wmma_memory(Warp& w, const Instruction& i, u32 m, bool reads) {
   const Layout y(i.b);
   const int rows = int(i.a & 255), columns = int(i.a >> 8 & 255), bytes = y.width, per = rows * columns / kLanes;
@@ -1863,7 +1956,6 @@ void wmma_store(Warp& w, const Instruction& i, u32 m) { wmma_memory(w, i, m, fal
 void wmma_mma(Warp& w, const Instruction& i, u32) {
   const int rows = int(i.a & 255), columns = int(i.a >> 8 & 255), k_size = int(i.a >> 16 & 255), type = int(i.a >> 24 & 15);
   const u32 *xd = i.x + 1, *xa = xd + (i.b & 255), *xb = xa + (i.b >> 8 & 255), *xc = xb + (i.b >> 16 & 255);
-  const int per = elements(type);
   std::vector<float> a(size_t(rows * k_size)), b(size_t(k_size * columns)), acc(size_t(rows * columns));
   auto gather = [&](const u32* x, int of, int major, int minor, bool swap, std::vector<float>& to) {
     const int each = major * minor / kLanes;
@@ -1873,7 +1965,6 @@ void wmma_mma(Warp& w, const Instruction& i, u32) {
       to[size_t(swap ? e % minor * major + e / minor : e)] = v;
     }
   };
-  (void)per;
   if (i.a >> 28 & 1) gather(xa, type, k_size, rows, true, a);
   else gather(xa, type, rows, k_size, false, a);
   if (i.a >> 29 & 1) gather(xb, type, columns, k_size, true, b);
@@ -1888,7 +1979,9 @@ void wmma_mma(Warp& w, const Instruction& i, u32) {
     RoundingScope rounding(kRz);
     for (int r = 0; r < rows; ++r)
       for (int k = 0; k < k_size; ++k)
-        for (int c = 0; c < columns; ++c) acc[size_t(r * columns + c)] = __builtin_fmaf(a[size_t(r * k_size + k)], b[size_t(k * columns + c)], acc[size_t(r * columns + c)]);
+        for (int c = 0; c < columns; ++c)
+          acc[size_t(r * columns + c)] =
+              __builtin_fmaf(a[size_t(r * k_size + k)], b[size_t(k * columns + c)], acc[size_t(r * columns + c)]);
   }
   for (int e = 0; e < rows * columns; ++e) {
     const int lane = e / each, k = e % each;
@@ -1899,7 +1992,7 @@ void wmma_mma(Warp& w, const Instruction& i, u32) {
   }
 }
 
-// ---- the names of the handlers, by which program.py asks for them --------------------------------------------------------------------------------------
+// ---- the names of the handlers, by which program.py asks for them ------------------------------------------------------------------
 
 struct Entry {
   Handler run;
@@ -1934,7 +2027,8 @@ template <class T> void add_integers(Table& t, const std::string& n) {
   put("set.eq.", set<T, kEq>), put("set.ne.", set<T, kNe>), put("set.lt.", set<T, kLt>);
   put("set.le.", set<T, kLe>), put("set.gt.", set<T, kGt>), put("set.ge.", set<T, kGe>);
   if constexpr (sizeof(T) < 8) {
-    using W = std::conditional_t<std::is_signed_v<T>, std::conditional_t<sizeof(T) == 2, s32, s64>, std::conditional_t<sizeof(T) == 2, u32, u64>>;
+    using W =
+        std::conditional_t<std::is_signed_v<T>, std::conditional_t<sizeof(T) == 2, s32, s64>, std::conditional_t<sizeof(T) == 2, u32, u64>>;
     put("mul.wide.", integer<W, T, 2, [](T a, T b) { return W(W(a) * W(b)); }>);
     put("mad.wide.", integer<W, T, 3, [](T a, T b, W c) { return W(W(a) * W(b) + c); }>);
   }
@@ -2005,8 +2099,10 @@ template <class T> void add_float_comparisons(Table& t, const std::string& n) {
 
 template <class F> void for_all_types(F f) {
   f.template operator()<u8>("u8"), f.template operator()<s8>("s8"), f.template operator()<u16>("u16"), f.template operator()<s16>("s16");
-  f.template operator()<u32>("u32"), f.template operator()<s32>("s32"), f.template operator()<u64>("u64"), f.template operator()<s64>("s64");
-  f.template operator()<f16>("f16"), f.template operator()<bf16>("bf16"), f.template operator()<float>("f32"), f.template operator()<double>("f64");
+  f.template operator()<u32>("u32"), f.template operator()<s32>("s32"), f.template operator()<u64>("u64"),
+      f.template operator()<s64>("s64");
+  f.template operator()<f16>("f16"), f.template operator()<bf16>("bf16"), f.template operator()<float>("f32"),
+      f.template operator()<double>("f64");
 }
 
 template <class T, int N, int Sign> void mixed(Warp& w, const Instruction& i, u32 m) {
@@ -2023,7 +2119,8 @@ template <class T, auto F> void packed(Warp& w, const Instruction& i, u32 m) {
   constexpr int size = sizeof(T) * 8;
   for (u32 l = 0; l < kLanes; ++l) {
     u32 r = 0;
-    for (int k = 0; k < 32; k += size) r |= u32(std::make_unsigned_t<T>(F(T(w.in<u32>(i.x[1])[l] >> k), T(w.in<u32>(i.x[2])[l] >> k)))) << k;
+    for (int k = 0; k < 32; k += size)
+      r |= u32(std::make_unsigned_t<T>(F(T(w.in<u32>(i.x[1])[l] >> k), T(w.in<u32>(i.x[2])[l] >> k)))) << k;
     keep(w.out<u32>(i.x[0]), m, l, r);
   }
 }
@@ -2037,17 +2134,22 @@ const Table& table() {
     add_bit_operations<u32>(t, "b32"), add_bit_operations<u64>(t, "b64");
     put("add.sat.s32", integer<s32, s32, 2, [](s32 a, s32 b) { return s32(std::clamp<s64>(s64(a) + b, INT32_MIN, INT32_MAX)); }>);
     put("sub.sat.s32", integer<s32, s32, 2, [](s32 a, s32 b) { return s32(std::clamp<s64>(s64(a) - b, INT32_MIN, INT32_MAX)); }>);
-    put("mad.hi.sat.s32", integer<s32, s32, 3, [](s32 a, s32 b, s32 c) { return s32(std::clamp<s64>(s64(mul_hi<s32>(a, b)) + c, INT32_MIN, INT32_MAX)); }>);
+    put("mad.hi.sat.s32",
+        integer<s32, s32, 3, [](s32 a, s32 b, s32 c) { return s32(std::clamp<s64>(s64(mul_hi<s32>(a, b)) + c, INT32_MIN, INT32_MAX)); }>);
     put("add.u16x2", packed<u16, [](u16 a, u16 b) { return u16(a + b); }>);
-    put("min.u16x2", packed<u16, [](u16 a, u16 b) { return std::min(a, b); }>), put("max.u16x2", packed<u16, [](u16 a, u16 b) { return std::max(a, b); }>);
-    put("min.s16x2", packed<s16, [](s16 a, s16 b) { return std::min(a, b); }>), put("max.s16x2", packed<s16, [](s16 a, s16 b) { return std::max(a, b); }>);
+    put("min.u16x2", packed<u16, [](u16 a, u16 b) { return std::min(a, b); }>),
+        put("max.u16x2", packed<u16, [](u16 a, u16 b) { return std::max(a, b); }>);
+    put("min.s16x2", packed<s16, [](s16 a, s16 b) { return std::min(a, b); }>),
+        put("max.s16x2", packed<s16, [](s16 a, s16 b) { return std::max(a, b); }>);
     put("lop3.b32", general<u32, u32, 3, [](u32 a, u32 b, u32 c, s64 lut) { return lop3(a, b, c, lut); }>);
     put("prmt.b32", general<u32, u32, 3, [](u32 a, u32 b, u32 c, s64 mode) { return permute(a, b, c, mode); }>);
     put("fns.b32", general<u32, u32, 3, [](u32 a, u32 b, u32 c, s64 x) { return find_nth_set(a, b, c, x); }>);
     put("shf.l.wrap.b32", general<u32, u32, 3, [](u32 a, u32 b, u32 c, s64) { return shl<u32>(b, c & 31) | shr<u32>(a, 32 - (c & 31)); }>);
     put("shf.r.wrap.b32", general<u32, u32, 3, [](u32 a, u32 b, u32 c, s64) { return shl<u32>(b, 32 - (c & 31)) | shr<u32>(a, c & 31); }>);
-    put("shf.l.clamp.b32", general<u32, u32, 3, [](u32 a, u32 b, u32 c, s64) { return shl<u32>(b, std::min(c, 32u)) | shr<u32>(a, 32 - std::min(c, 32u)); }>);
-    put("shf.r.clamp.b32", general<u32, u32, 3, [](u32 a, u32 b, u32 c, s64) { return shl<u32>(b, 32 - std::min(c, 32u)) | shr<u32>(a, std::min(c, 32u)); }>);
+    put("shf.l.clamp.b32",
+        general<u32, u32, 3, [](u32 a, u32 b, u32 c, s64) { return shl<u32>(b, std::min(c, 32u)) | shr<u32>(a, 32 - std::min(c, 32u)); }>);
+    put("shf.r.clamp.b32",
+        general<u32, u32, 3, [](u32 a, u32 b, u32 c, s64) { return shl<u32>(b, 32 - std::min(c, 32u)) | shr<u32>(a, std::min(c, 32u)); }>);
     put("szext.wrap.s32", general<u32, u32, 2, [](u32 a, u32 b, u32, s64) { return sign_extended(a, b & 31); }>);
     put("szext.wrap.u32", general<u32, u32, 2, [](u32 a, u32 b, u32, s64) { return a & ~shl<u32>(kAll, b & 31); }>);
     put("szext.clamp.s32", general<u32, u32, 2, [](u32 a, u32 b, u32, s64) { return sign_extended(a, std::min(b, 32u)); }>);
@@ -2066,16 +2168,21 @@ const Table& table() {
 
     add_floats<float>(t, "f32"), add_floats<double>(t, "f64"), add_floats<f16>(t, "f16"), add_floats<bf16>(t, "bf16");
     add_floats<Pair<f16>>(t, "f16x2"), add_floats<Pair<bf16>>(t, "bf16x2"), add_floats<Pair<float>>(t, "f32x2");
-    add_signs<u32, 0x8000u>(t, "f16"), add_signs<u32, 0x8000u>(t, "bf16"), add_signs<u32, 0x80008000u>(t, "f16x2"), add_signs<u32, 0x80008000u>(t, "bf16x2");
+    add_signs<u32, 0x8000u>(t, "f16"), add_signs<u32, 0x8000u>(t, "bf16"), add_signs<u32, 0x80008000u>(t, "f16x2"),
+        add_signs<u32, 0x80008000u>(t, "bf16x2");
     add_signs<u64, u64(1) << 63>(t, "f64");
-    put("abs.f32", floating<float, 1, [](float a, s64) { return std::abs(a); }>), put("neg.f32", floating<float, 1, [](float a, s64) { return -a; }>);
+    put("abs.f32", floating<float, 1, [](float a, s64) { return std::abs(a); }>),
+        put("neg.f32", floating<float, 1, [](float a, s64) { return -a; }>);
     put("copysign.f32", general<u32, u32, 2, [](u32 a, u32 b, u32, s64) { return (a & 0x80000000u) | (b & 0x7fffffffu); }>);
     put("copysign.f64", integer<u64, u64, 2, [](u64 a, u64 b) { return (a & u64(1) << 63) | (b & ~(u64(1) << 63)); }>);
-    put("div.f32", floating<float, 2, [](float a, float b, s64) { return a / b; }>), put("div.f64", floating<double, 2, [](double a, double b, s64) { return a / b; }>);
+    put("div.f32", floating<float, 2, [](float a, float b, s64) { return a / b; }>),
+        put("div.f64", floating<double, 2, [](double a, double b, s64) { return a / b; }>);
     put("div.full.f32", floating<float, 2, [](float a, float b, s64) { return float(double(a) / double(b)); }>);
     put("div.approx.f32", floating<float, 2, [](float a, float b, s64) { return divide_approximately(a, b); }>);
-    put("rcp.f32", floating<float, 1, [](float a, s64) { return 1.0f / a; }>), put("rcp.f64", floating<double, 1, [](double a, s64) { return 1.0 / a; }>);
-    put("sqrt.f32", floating<float, 1, [](float a, s64) { return std::sqrt(a); }>), put("sqrt.f64", floating<double, 1, [](double a, s64) { return std::sqrt(a); }>);
+    put("rcp.f32", floating<float, 1, [](float a, s64) { return 1.0f / a; }>),
+        put("rcp.f64", floating<double, 1, [](double a, s64) { return 1.0 / a; }>);
+    put("sqrt.f32", floating<float, 1, [](float a, s64) { return std::sqrt(a); }>),
+        put("sqrt.f64", floating<double, 1, [](double a, s64) { return std::sqrt(a); }>);
     put("rcp.approx.f32", floating<float, 1, [](float a, s64) { return float(1.0 / double(a)); }>);
     put("sqrt.approx.f32", floating<float, 1, [](float a, s64) { return float(std::sqrt(double(a))); }>);
     put("rsqrt.approx.f32", floating<float, 1, [](float a, s64) { return float(1.0 / std::sqrt(double(a))); }>);
@@ -2087,7 +2194,8 @@ const Table& table() {
     put("lg2.approx.f32", floating<float, 1, [](float a, s64) { return float(std::log2(double(a))); }>);
     put("add.f32.f16", mixed<f16, 2, 1>), put("sub.f32.f16", mixed<f16, 2, -1>), put("fma.f32.f16", mixed<f16, 3, 1>);
     put("add.f32.bf16", mixed<bf16, 2, 1>), put("sub.f32.bf16", mixed<bf16, 2, -1>), put("fma.f32.bf16", mixed<bf16, 3, 1>);
-    add_float_comparisons<float>(t, "f32"), add_float_comparisons<double>(t, "f64"), add_float_comparisons<f16>(t, "f16"), add_float_comparisons<bf16>(t, "bf16");
+    add_float_comparisons<float>(t, "f32"), add_float_comparisons<double>(t, "f64"), add_float_comparisons<f16>(t, "f16"),
+        add_float_comparisons<bf16>(t, "bf16");
     put("testp.f32", testp<float>), put("testp.f64", testp<double>);
 
     for_all_types([&]<class D>(const char* d) {
@@ -2095,15 +2203,17 @@ const Table& table() {
     });
     put("cvt.f16x2.f32", cvt_pair<f16>), put("cvt.bf16x2.f32", cvt_pair<bf16>);
     put("cvt.tf32.f32", [](Warp& w, const Instruction& i, u32 m) {
-      EACH_LANE(m) w.out<u32>(i.x[0])[l] = round_tf32(w.in<u32>(i.x[1])[l], 0, 0, i.b);
+      EACH_LANE(m) w.out<u32>(i.x[0])[l] = round_tf32(w.in<u32>(i.x[1])[l], i.b);
     });
 
     put("mov.b32", mov<u32>), put("mov.b64", mov<u64>), put("pack", pack), put("unpack", unpack);
     put("selp.b32", selp<u32>), put("selp.b64", selp<u64>), put("logic", logic);
-    put("slct.b32.s32", slct<u32, s32>), put("slct.b64.s32", slct<u64, s32>), put("slct.b32.f32", slct<u32, float>), put("slct.b64.f32", slct<u64, float>);
+    put("slct.b32.s32", slct<u32, s32>), put("slct.b64.s32", slct<u64, s32>), put("slct.b32.f32", slct<u32, float>),
+        put("slct.b64.f32", slct<u64, float>);
     put("isspacep", is_space), put("offset64", offset64), put("clock", read_clock), put("nothing", nothing), put("activemask", active_mask);
 
-    put("ld", load), put("st", store), put("atom", atomic), put("cp.async", copy_async), put("cp.async.commit_group", copy_commit), put("cp.async.wait_group", copy_wait);
+    put("ld", load), put("st", store), put("atom", atomic), put("cp.async", copy_async), put("cp.async.commit_group", copy_commit),
+        put("cp.async.wait_group", copy_wait);
 
     put("bra", nullptr, kBranch), put("brx.idx", nullptr, kTable), put("exit", nullptr, kExit), put("trap", nullptr, kTrap);
     put("bar", nullptr, kAligned), put("barrier", nullptr, kBarrier), put("bar.warp.sync", nullptr, kWarpSync);
@@ -2127,7 +2237,7 @@ const Table& table() {
 
 }  // namespace
 
-// ---- what Python calls -------------------------------------------------------------------------------------------------------------------------------
+// ---- what Python calls -------------------------------------------------------------------------------------------------------------
 
 extern "C" {
 
@@ -2142,8 +2252,9 @@ struct Row {
   s32 guard, negate, first, count;
 };
 
-void* ptx_program(const Row* rows, s64 n, const u32* operands, s64 operand_count, const u64* constants, const u8* constant_wide, s64 constant_count,
-                  const s32* specials, s64 special_count, const s32* targets, s64 target_count, u64 frame, u64 predicates, u64 local) {
+void* ptx_program(const Row* rows, s64 n, const u32* operands, s64 operand_count, const u64* constants, const u8* constant_wide,
+                  s64 constant_count, const s32* specials, s64 special_count, const s32* targets, s64 target_count, u64 frame,
+                  u64 predicates, u64 local) {
   auto p = std::make_unique<Program>();
   p->operands.assign(operands, operands + operand_count);
   for (s64 k = 0; k < n; ++k) {

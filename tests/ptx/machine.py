@@ -17,7 +17,8 @@ INITIALISED, WRITABLE, MEMBER = 1, 2, 4  # ByteState of machine.cpp
 class Finding(AssertionError):
     """A kernel did what it must not do.
 
-    ``kind`` is a slug such as "out-of-bounds"; ``instruction`` and ``line`` are of the PTX text; ``block`` is (x, y, z), ``warp`` its number in
+    ``kind`` is a slug such as "out-of-bounds"; ``instruction`` and ``line`` are of the PTX text;
+    ``block`` is (x, y, z), ``warp`` its number in
     the block, ``lane`` a lane of that warp, -1 where no lane is to blame.
     """
 
@@ -31,7 +32,8 @@ class Finding(AssertionError):
 class Kernel:
     """An entry of a module.
 
-    ``parameters`` are (offset, bytes) in the block of ``parameter_bytes``; ``static_shared`` is in bytes; ``max_threads`` is the .maxntid or
+    ``parameters`` are (offset, bytes) in the block of ``parameter_bytes``; ``static_shared`` is in bytes;
+    ``max_threads`` is the .maxntid or
     .reqntid of a block, or None.
     """
 
@@ -96,7 +98,8 @@ class Module:
         start = -array.ctypes.data % 256
         array = array[start:start + variable.bytes]
         self.buffers.append((variable.name, array, variable.space))
-        placed = Variable(variable.name, variable.space, variable.bytes, variable.align, variable.kind, variable.initial, False, array.ctypes.data)
+        placed = Variable(variable.name, variable.space, variable.bytes, variable.align, variable.kind, variable.initial, False,
+                          array.ctypes.data)
         placed.array = array
         return placed
 
@@ -106,7 +109,8 @@ class Module:
         for k, item in enumerate(_split(text)):
             lowering = Lowering({}, symbols, {})
             lowering.scopes, lowering.text = [{}], f".{variable.space} {variable.name}"
-            value = _integer(item) if _integer(item) is not None and variable.kind not in ("f32", "f64") else lowering.value(item, variable.kind)
+            value = _integer(item) if _integer(item) is not None and variable.kind not in ("f32", "f64") else lowering.value(item,
+                variable.kind)
             variable.array[k * size:(k + 1) * size] = np.frombuffer((value & (1 << 8 * size) - 1).to_bytes(size, "little"), np.uint8)
 
     def _kernel(self, function, functions, symbols, shared):
@@ -120,7 +124,8 @@ class Module:
         lowering.line = function.line
         lowering.function(function, scope)
         program, static, base = lowering.finish()
-        return Kernel(function.name, parameters, [p.kind for p in function.parameters], end, static, function.max_threads, function.required_threads,
+        return Kernel(function.name, parameters, [p.kind for p in function.parameters], end, static, function.max_threads,
+                      function.required_threads,
                       program, base, self)
 
 
@@ -154,7 +159,7 @@ class Memory:
         if not size:
             return
         state = self._state(base, size, name, tensor)
-        view = np.lib.stride_tricks.as_strided(state[start:] if not any(s < 0 for s in strides) else state[start:], (*shape, item), (*strides, 1))
+        view = np.lib.stride_tricks.as_strided(state[start:], (*shape, item), (*strides, 1))
         view |= MEMBER | (INITIALISED if initialised else 0) | (WRITABLE if writable else 0)
 
     def allocate(self, pointer, bytes, name=None):
@@ -178,12 +183,14 @@ class Memory:
         """Which bytes of the elements of a tensor were ever written, of shape ``(*tensor.shape, bytes of an element)``, bool."""
         storage, item = tensor.untyped_storage(), tensor.element_size()
         state = self._buffers[storage.data_ptr()][1]
-        return np.lib.stride_tricks.as_strided(state[tensor.storage_offset() * item:], (*tensor.shape, item), (*(s * item for s in tensor.stride()), 1)) & INITIALISED > 0
+        return np.lib.stride_tricks.as_strided(state[tensor.storage_offset() * item:], (*tensor.shape, item),
+                                               (*(s * item for s in tensor.stride()), 1)) & INITIALISED > 0
 
 
 @dataclass
 class Traffic:
-    """Of one buffer, or of all: bytes that lanes asked for; requests of warps; 32-byte sectors of these, and the fewest that could hold the distinct
+    """Of one buffer, or of all: bytes that lanes asked for; requests of warps;
+        32-byte sectors of these, and the fewest that could hold the distinct
     bytes of each; distinct bytes and sectors touched in the whole launch."""
 
     read: int
@@ -203,10 +210,12 @@ class Traffic:
 class Report:
     """What a launch did.
 
-    ``instructions``: of threads, without those that a predicate switched off; ``warp_instructions``; ``by_class``: instructions of threads;
-    ``barriers``: arrivals of warps. Global memory: ``global_read``, ``global_written``, and all of :class:`Traffic` but ``read`` and ``written``;
-    ``buffers`` has a Traffic for each name. Shared memory: ``shared_requests`` of warps, ``shared_transactions`` they took, of which
-    ``bank_conflicts`` were more than the fewest for their width.
+    ``instructions``: of threads, without those that a predicate switched off; ``warp_instructions``;
+    ``by_class``: instructions of threads;
+    ``barriers``: arrivals of warps. Global memory: ``global_read``, ``global_written``, and all of :class:`Traffic` but ``read`` and
+    ``written``; ``buffers`` has a Traffic for each name. Shared memory: ``shared_requests`` of warps, ``shared_transactions`` they took, of
+    which ``bank_conflicts`` were more than the fewest for their width; ``redundant_writes``: bytes to which two warps wrote the same value;
+    ``shared_read``, ``shared_written``, ``local_read``, ``local_written``: bytes. ``lanes`` and ``warps`` count each instruction.
     """
 
     def __init__(self, program, lanes, warps, counters, buffers):
@@ -220,7 +229,8 @@ class Report:
             if name not in ("steps", "clock"):
                 setattr(self, name, int(value))
         for name in native.TRAFFIC:
-            setattr(self, {"read": "global_read", "written": "global_written"}.get(name, name), sum(getattr(b, name) for b in buffers.values()))
+            setattr(self, {"read": "global_read", "written": "global_written"}.get(name, name),
+                    sum(getattr(b, name) for b in buffers.values()))
 
     @property
     def bank_conflicts(self) -> int:
@@ -232,7 +242,7 @@ class Report:
         return "\n".join(f"{self.warps[k]:>12} line {self.program.line[k]:>5}  {self.program.text[k]}" for k in order)
 
     def __repr__(self):
-        return (f"Report({self.instructions} instructions, {self.global_read} + {self.global_written} bytes of global memory read and written, "
+        return (f"Report({self.instructions} instructions, {self.global_read} + {self.global_written} bytes of global memory, "
                 f"{self.bank_conflicts} bank conflicts, {dict(self.by_class)})")
 
 
@@ -271,7 +281,8 @@ def launch(kernel, grid, block, arguments, memory, dynamic_shared=0, seed=0, ste
         row.base, row.size, row.state = base, size, state.ctypes.data
     count = len(kernel.program.text)
     lanes, warps = np.zeros(count, np.uint64), np.zeros(count, np.uint64)
-    row = native.LaunchRow(grid=grid, block=block, parameters=bytes(parameters), parameter_bytes=len(parameters), static_shared=kernel.dynamic_base,
+    row = native.LaunchRow(grid=grid, block=block, parameters=bytes(parameters), parameter_bytes=len(parameters),
+                           static_shared=kernel.dynamic_base,
                            dynamic_shared=dynamic_shared, seed=seed, step_limit=step_limit, buffers=rows, buffer_count=len(entries),
                            lanes=lanes.ctypes.data, warps=warps.ctypes.data)
     native.library().ptx_launch(kernel.program.handle, ctypes.byref(row))
@@ -282,8 +293,10 @@ def launch(kernel, grid, block, arguments, memory, dynamic_shared=0, seed=0, ste
         raise Finding(row.kind.decode(), detail, kernel.name, kernel.program.text[pc], kernel.program.line[pc],
                       (number % grid[0], number // grid[0] % grid[1], number // grid[0] // grid[1]), row.warp, row.lane)
     buffers = {}
-    for b, (_, _, _, name) in zip(rows, entries):
+    for b, (base, _, _, name) in zip(rows, entries):
         values = dict(zip(native.TRAFFIC, map(int, b.traffic)))
+        if base not in memory._buffers and not any(values.values()):
+            continue  # a variable of the module that this kernel does not touch
         if name in buffers:
             values = {key: value + getattr(buffers[name], key) for key, value in values.items()}
         buffers[name] = Traffic(**values)

@@ -12,24 +12,29 @@ from pathlib import Path
 import numpy as np
 
 SOURCE = Path(__file__).with_name("machine.cpp")
-OPTIONS = ["-std=c++20", "-O3", "-march=native", "-ffp-contract=off", "-fwrapv", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
+OPTIONS = ["-std=c++20", "-O3", "-march=native", "-ffp-contract=off", "-fwrapv", "-fno-math-errno", "-fno-trapping-math", "-shared",
+           "-fPIC"]
 
 # struct Row, Traffic and Counters of machine.cpp.
 ROW = np.dtype([("handler", "i8"), ("a", "i8"), ("b", "i8"), ("guard", "i4"), ("negate", "i4"), ("first", "i4"), ("count", "i4")])
-TRAFFIC = ["read", "written", "sectors_read", "sectors_written", "ideal_sectors_read", "ideal_sectors_written", "requests_read", "requests_written",
+TRAFFIC = ["read", "written", "sectors_read", "sectors_written", "ideal_sectors_read", "ideal_sectors_written", "requests_read",
+           "requests_written",
            "unique_read", "unique_written", "unique_sectors_read", "unique_sectors_written"]
-COUNTERS = ["shared_requests", "shared_transactions", "shared_ideal_transactions", "redundant_writes", "shared_read", "shared_written", "local_read", "local_written", "barriers",
+COUNTERS = ["shared_requests", "shared_transactions", "shared_ideal_transactions", "redundant_writes", "shared_read", "shared_written",
+            "local_read", "local_written", "barriers",
             "steps", "clock"]
 
 
 class BufferRow(ctypes.Structure):
-    _fields_ = [("base", ctypes.c_uint64), ("size", ctypes.c_uint64), ("state", ctypes.c_void_p), ("traffic", ctypes.c_uint64 * len(TRAFFIC))]
+    _fields_ = [("base", ctypes.c_uint64), ("size", ctypes.c_uint64), ("state", ctypes.c_void_p),
+                ("traffic", ctypes.c_uint64 * len(TRAFFIC))]
 
 
 class LaunchRow(ctypes.Structure):
     _fields_ = [("grid", ctypes.c_uint32 * 3), ("block", ctypes.c_uint32 * 3), ("parameters", ctypes.c_char_p),
                 *((name, ctypes.c_uint64) for name in ("parameter_bytes", "static_shared", "dynamic_shared", "seed", "step_limit")),
-                ("buffers", ctypes.POINTER(BufferRow)), ("buffer_count", ctypes.c_uint64), ("lanes", ctypes.c_void_p), ("warps", ctypes.c_void_p),
+                ("buffers", ctypes.POINTER(BufferRow)), ("buffer_count", ctypes.c_uint64), ("lanes", ctypes.c_void_p),
+                ("warps", ctypes.c_void_p),
                 ("counters", ctypes.c_uint64 * len(COUNTERS)), *((name, ctypes.c_int64) for name in ("pc", "block_number", "warp", "lane")),
                 ("kind", ctypes.c_char * 32), ("detail", ctypes.c_char * 512)]
 
@@ -65,7 +70,8 @@ def library() -> ctypes.CDLL:
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     found.ptx_handler.restype, found.ptx_handler.argtypes = integer, [ctypes.c_char_p]
     found.ptx_program.restype = pointer
-    found.ptx_program.argtypes = [pointer, integer, pointer, integer, pointer, pointer, integer, pointer, integer, pointer, integer, *[ctypes.c_uint64] * 3]
+    found.ptx_program.argtypes = [pointer, integer, pointer, integer, pointer, pointer, integer, pointer, integer, pointer, integer,
+                                  *[ctypes.c_uint64] * 3]
     found.ptx_free.restype, found.ptx_free.argtypes = None, [pointer]
     found.ptx_launch.restype, found.ptx_launch.argtypes = None, [pointer, ctypes.POINTER(LaunchRow)]
     return found

@@ -14,19 +14,19 @@ import numpy as np
 
 from . import native
 
-SHARED_BASE = 1024  # kSharedBase, kSharedWindow and so on of machine.cpp
+SHARED_BASE = 1024  # kSharedBase, and the windows, of machine.cpp
 WINDOWS = {"shared": 1 << 50, "local": 1 << 51, "param": 1 << 52}
 SPACES = {"global": 0, "shared": 1, "local": 2, "const": 3, "param": 4, "generic": 5}
 BITS = {"pred": 1, "b8": 8, "u8": 8, "s8": 8, "b16": 16, "u16": 16, "s16": 16, "f16": 16, "bf16": 16, "b32": 32, "u32": 32, "s32": 32,
         "f32": 32, "tf32": 32, "f16x2": 32, "bf16x2": 32, "u16x2": 32, "s16x2": 32, "b64": 64, "u64": 64, "s64": 64, "f64": 64, "f32x2": 64}
 FLOATS = {"f16", "bf16", "f32", "f64", "f16x2", "bf16x2", "f32x2"}
-FLAGS = {"rn": 0, "rz": 1, "rm": 2, "rp": 3, "rna": 4, "rni": 8, "rzi": 9, "rmi": 10, "rpi": 11, "ftz": 16, "sat": 32, "relu": 64, "NaN": 128,
-         "satfinite": 256, "xorsign": 512}
+FLAGS = {"rn": 0, "rz": 1, "rm": 2, "rp": 3, "rna": 4, "rni": 8, "rzi": 9, "rmi": 10, "rpi": 11, "ftz": 16, "sat": 32, "relu": 64,
+         "NaN": 128, "satfinite": 256, "xorsign": 512}
 CACHE = {"ca", "cg", "cs", "lu", "cv", "wb", "wt", "nc", "weak", "unified", "cta", "cluster", "gpu", "sys"}
 STRONG = {"volatile", "relaxed", "acquire", "release", "acq_rel", "mmio"}
 SPECIALS = {f"%{name}.{axis}": 4 * i + j for i, name in enumerate(("tid", "ntid", "ctaid", "nctaid")) for j, axis in enumerate("xyzw")}
-SPECIALS |= {"%laneid": 16, "%warpid": 17, "%nwarpid": 18, "%smid": 19, "%lanemask_eq": 20, "%lanemask_lt": 21, "%lanemask_le": 22, "%lanemask_gt": 23,
-             "%lanemask_ge": 24, "%nsmid": 25, "%dynamic_smem_size": 26, "%total_smem_size": 27}
+SPECIALS |= {"%laneid": 16, "%warpid": 17, "%nwarpid": 18, "%smid": 19, "%lanemask_eq": 20, "%lanemask_lt": 21, "%lanemask_le": 22,
+             "%lanemask_gt": 23, "%lanemask_ge": 24, "%nsmid": 25, "%dynamic_smem_size": 26, "%total_smem_size": 27}
 CLOCKS = {"%clock": 0, "%clock64": 1, "%globaltimer": 1, "%globaltimer_lo": 0, "%clock_hi": None, "%globaltimer_hi": None}
 
 
@@ -34,7 +34,7 @@ class UnknownInstruction(NotImplementedError):
     """An instruction, or a form of one, that the machine does not execute; the message has its text and line."""
 
 
-# ---- syntax -----------------------------------------------------------------------------------------------------------------------------
+# ---- syntax -------------------------------------------------------------------------------------------------------------------------
 
 @dataclass
 class Variable:
@@ -63,11 +63,12 @@ class Function:
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
 _SPACE = re.compile(r"[\s;]*")
 _LABEL = re.compile(r"([A-Za-z_$%][\w$]*)\s*:(?!:)")
-_LINE_DIRECTIVE = re.compile(r"\.(version|target|address_size|loc|file|minnctapersm|maxnctapersm|maxnreg|noreturn|explicitcluster|blocksareclusters"
-                             r"|maxclusterrank|abi_preserve|abi_preserve_control)\b[^\n;{]*")
+_LINE_DIRECTIVE = re.compile(r"\.(version|target|address_size|loc|file|minnctapersm|maxnctapersm|maxnreg|noreturn|explicitcluster"
+                             r"|blocksareclusters|maxclusterrank|abi_preserve|abi_preserve_control)\b[^\n;{]*")
 _LINKAGE = re.compile(r"(?:\.(?:visible|extern|weak|common)\s+)*")
 _THREADS = re.compile(r"\.(maxntid|reqntid|reqnctapercluster)\s+(\d+(?:\s*,\s*\d+)*)")
-_VARIABLE = re.compile(r"\.(\w+(?:::\w+)?)\s+((?:\.\w+(?:\s+\d+)?\s+)*?)(?:\.(v2|v4)\s+)?\.([bsuf]\w+|pred)\s+(?:\.ptr\s*(?:\.\w+\s*(?:\d+\s*)?)*)?([\w$%]+)\s*((?:\[\s*\d*\s*\])*)")
+_VARIABLE = re.compile(r"\.(\w+(?:::\w+)?)\s+((?:\.\w+(?:\s+\d+)?\s+)*?)(?:\.(v2|v4)\s+)?\.([bsuf]\w+|pred)\s+"
+                       r"(?:\.ptr\s*(?:\.\w+\s*(?:\d+\s*)?)*)?([\w$%]+)\s*((?:\[\s*\d*\s*\])*)")
 
 
 def _declaration(text, line):
@@ -179,7 +180,8 @@ _INSTRUCTION = re.compile(r"(?:@(!?)\s*([\w$%]+)\s+)?([a-z_][\w.:]*)\s*([^;]*?)\
 
 
 def _statements(text, at, end, line_of):
-    """``(kind, line, ...)``: "{", "}", "label" name, "reg" text, "variable" Variable, "targets" labels, "instruction" negated, guard, opcode, operands."""
+    """``(kind, line, ...)``: "{", "}", "label" name, "reg" text, "variable" Variable, "targets" labels, "instruction" negated, guard,
+    opcode, operands, text."""
     out = []
     while (at := _SPACE.match(text, at).end()) < end:
         c = text[at]
@@ -213,7 +215,7 @@ def _statements(text, at, end, line_of):
     return out
 
 
-# ---- lowering ---------------------------------------------------------------------------------------------------------------------------------
+# ---- lowering -----------------------------------------------------------------------------------------------------------------------
 
 @dataclass
 class Register:
@@ -593,7 +595,7 @@ def _unsigned(kind):
     return "u" + kind[1:] if kind[0] in "bsu" else kind
 
 
-# ---- instructions ------------------------------------------------------------------------------------------------------------------------------
+# ---- instructions -------------------------------------------------------------------------------------------------------------------
 
 INSTRUCTIONS = {}
 
@@ -615,8 +617,8 @@ def _type(L, parts):
     return parts[-1], parts[:-1]
 
 
-@instruction("add", "sub", "mul", "mad", "fma", "div", "min", "max", "rem", "abs", "neg", "sad", "mul24", "mad24", "ex2", "tanh", "rcp", "sqrt",
-             "rsqrt", "sin", "cos", "lg2", "copysign", "addc", "subc", "madc")
+@instruction("add", "sub", "mul", "mad", "fma", "div", "min", "max", "rem", "abs", "neg", "sad", "mul24", "mad24", "ex2", "tanh", "rcp",
+             "sqrt", "rsqrt", "sin", "cos", "lg2", "copysign", "addc", "subc", "madc")
 def _arithmetic(L, name, parts, operands):
     kind, parts = _type(L, parts)
     if name in ("addc", "subc", "madc") or "cc" in parts:
@@ -732,7 +734,8 @@ def _bits(L, name, parts, operands):
         if set(types) - {"u32", "s32"} or (name == "dp2a") != (len(parts) == 3):
             raise L.unknown("types")
         L.expect(operands, 4)
-        return L.emit(f"{name}.{'.'.join(types)}", [L.define(operands[0], "b32"), *(L.use(o, "b32") for o in operands[1:])], a=parts[0] == "hi", group="integer")
+        return L.emit(f"{name}.{'.'.join(types)}", [L.define(operands[0], "b32"), *(L.use(o, "b32") for o in operands[1:])],
+                      a=parts[0] == "hi", group="integer")
     if name == "prmt":
         modes = ["f4e", "b4e", "rc8", "ecl", "ecr", "rc16"]
         if parts[0] != "b32" or len(parts) > 2 or (len(parts) == 2 and parts[1] not in modes):
@@ -744,7 +747,8 @@ def _bits(L, name, parts, operands):
     handler = ".".join([name, *parts, kind])
     if name == "lop3":
         L.expect(operands, 5)
-        return L.emit(handler, [L.define(operands[0], kind), *(L.use(o, kind) for o in operands[1:4])], a=_integer(operands[4]), group="integer")
+        return L.emit(handler, [L.define(operands[0], kind), *(L.use(o, kind) for o in operands[1:4])], a=_integer(operands[4]),
+                      group="integer")
     result = "u32" if name in ("popc", "clz", "bfind") else kind
     kinds = {"bfe": [kind, "u32", "u32"], "bfi": [kind, kind, "u32", "u32"], "fns": ["b32"] * 3, "shf": ["b32"] * 3, "szext": [kind, "u32"],
              "bmsk": ["u32", "u32"]}.get(name, [kind])
@@ -781,9 +785,10 @@ def _compare(L, name, parts, operands):
     handler = f"{name}.{comparison}.{base}{'x2' if kind.endswith('x2') else ''}"
     if name == "setp":
         targets = [t.strip() for t in operands[0].split("|")] + ["_"]
-        return L.emit(handler, [L.define(targets[0], "pred"), L.define(targets[1], "pred"), *sources, *combine], a=a, b=flags, group="predicate")
-    yes = {"u32": 0xFFFFFFFF, "s32": 0xFFFFFFFF, "f32": 0x3F800000, "f16": 0x3C00, "bf16": 0x3F80, "f16x2": 0x3C00, "bf16x2": 0x3F80, "u16": 0xFFFF,
-           "s16": 0xFFFF}.get(result)
+        return L.emit(handler, [L.define(targets[0], "pred"), L.define(targets[1], "pred"), *sources, *combine], a=a, b=flags,
+                      group="predicate")
+    yes = {"u32": 0xFFFFFFFF, "s32": 0xFFFFFFFF, "f32": 0x3F800000, "f16": 0x3C00, "bf16": 0x3F80, "f16x2": 0x3C00, "bf16x2": 0x3F80,
+           "u16": 0xFFFF, "s16": 0xFFFF}.get(result)
     if yes is None or kind.endswith("x2") != result.endswith("x2"):
         raise L.unknown(f"result .{result}")
     L.emit(handler, [L.define(operands[0], result), ("p", 0), *sources, *combine], a=a | yes << 8, b=flags, group="integer")
@@ -804,14 +809,15 @@ def _select(L, name, parts, operands):
         flags = L.flags(parts[:-2], {"ftz"})
         L.expect(operands, 4)
         return L.emit(f"slct.{'b64' if BITS[kind] == 64 else 'b32'}.{selector}",
-                      [L.define(operands[0], kind), L.use(operands[1], kind), L.use(operands[2], kind), L.use(operands[3], selector)], b=flags, group="move")
+                      [L.define(operands[0], kind), L.use(operands[1], kind), L.use(operands[2], kind), L.use(operands[3], selector)],
+                      b=flags, group="move")
     kind, rest = _type(L, parts)
     if rest:
         raise L.unknown(f"modifier .{rest[0]}")
     L.expect(operands, 4)
     predicate, negated = L.predicate(operands[3])
-    L.emit("selp.b64" if BITS[kind] == 64 else "selp.b32", [L.define(operands[0], kind), L.use(operands[1], kind), L.use(operands[2], kind), predicate],
-           a=negated, group="move")
+    sources = [L.use(operands[1], kind), L.use(operands[2], kind), predicate]
+    L.emit("selp.b64" if BITS[kind] == 64 else "selp.b32", [L.define(operands[0], kind), *sources], a=negated, group="move")
 
 
 def _vector(text):
@@ -853,10 +859,12 @@ def _cvt(L, name, parts, operands):
     if result in ("f16x2", "bf16x2") and source == "f32":
         L.expect(operands, 3)
         flags = L.flags(parts, {"rn", "rz", "relu", "satfinite"})
-        return L.emit(f"cvt.{result}.f32", [L.define(operands[0], result), L.use(operands[1], "f32"), L.use(operands[2], "f32")], b=flags, group="convert")
+        return L.emit(f"cvt.{result}.f32", [L.define(operands[0], result), L.use(operands[1], "f32"), L.use(operands[2], "f32")], b=flags,
+                      group="convert")
     L.expect(operands, 2)
-    flags = L.flags(parts, {"rn", "rz", "rm", "rp", "rni", "rzi", "rmi", "rpi", "ftz", "sat", "relu", "satfinite"} | ({"rna"} if result == "tf32" else set()))
-    if result != "tf32" and (result[0] in "us") != (source[0] in "us") and not parts and result in ("u8", "s8", "u16", "s16", "u32", "s32", "u64", "s64"):
+    flags = L.flags(parts, {"rn", "rz", "rm", "rp", "rni", "rzi", "rmi", "rpi", "ftz", "sat", "relu", "satfinite"}
+                    | ({"rna"} if result == "tf32" else set()))
+    if result[0] in "us" and source in FLOATS and not {"rni", "rzi", "rmi", "rpi"} & set(parts):
         raise L.unknown("a conversion to an integer needs a rounding")
     if result == source == "f32" and not {"rni", "rzi", "rmi", "rpi"} & set(parts):
         flags &= ~7
@@ -924,7 +932,8 @@ def _layout(L, access, address, wide):
     space = access.space
     if space == "param":
         space = "local" if named == "local" else "param"
-    return (BITS[access.kind] // 8 | access.vector << 8 | wide << 16 | (access.kind[0] == "s") << 17 | (access.strong and space in ("global", "shared", "generic")) << 18
+    return (BITS[access.kind] // 8 | access.vector << 8 | wide << 16 | (access.kind[0] == "s") << 17
+            | (access.strong and space in ("global", "shared", "generic")) << 18
             | wide_address << 19 | SPACES[space] << 20)
 
 
@@ -953,13 +962,14 @@ def _memory(L, name, parts, operands):
 
 
 OPERATIONS = ["add", "min", "max", "inc", "dec", "and", "or", "xor", "exch", "cas"]
-ATOMIC_TYPES = {"u32": 0, "s32": 1, "u64": 2, "s64": 3, "f32": 4, "f64": 5, "f16": 6, "bf16": 7, "f16x2": 8, "bf16x2": 9, "b16": 10, "b32": 0, "b64": 2}
+ATOMIC_TYPES = {"u32": 0, "s32": 1, "u64": 2, "s64": 3, "f32": 4, "f64": 5, "f16": 6, "bf16": 7, "f16x2": 8, "bf16x2": 9, "b16": 10,
+                "b32": 0, "b64": 2}
 
 
 @instruction("atom", "red")
 def _atomic(L, name, parts, operands):
-    access = _access(L, [p for p in parts if p not in ("noftz", "async")])
-    if len(access.rest) != 1 or access.rest[0] not in OPERATIONS or access.kind not in ATOMIC_TYPES or access.vector > 1 or "async" in parts:
+    access = _access(L, [p for p in parts if p != "noftz"])
+    if len(access.rest) != 1 or access.rest[0] not in OPERATIONS or access.kind not in ATOMIC_TYPES or access.vector > 1:
         raise L.unknown("an operation")
     operation, kind = OPERATIONS.index(access.rest[0]), access.kind
     if kind in FLOATS and operation > 2:
@@ -1065,7 +1075,8 @@ def _barrier(L, name, parts, operands):
         predicate, negated = L.predicate(operands[-1])
         count = operands[2] if len(operands) == 4 else "0"
         b = (["popc", "and", "or"].index(parts[1]) + 1) << 8 | negated << 16
-        return L.emit(handler, [L.use(operands[1], "u32"), L.use(count, "u32"), L.define(operands[0], parts[2]), predicate], b=b, group="barrier")
+        return L.emit(handler, [L.use(operands[1], "u32"), L.use(count, "u32"), L.define(operands[0], parts[2]), predicate], b=b,
+                      group="barrier")
     raise L.unknown("the machine does not know it")
 
 
@@ -1080,7 +1091,8 @@ def _across(L, name, parts, operands):
     if name == "shfl" and parts[:1] == ["sync"] and parts[1] in ("up", "down", "bfly", "idx") and parts[2:] == ["b32"]:
         L.expect(operands, 5)
         to = _pair(operands[0])
-        return L.emit("shfl.sync", [L.use(operands[4], "b32"), L.define(to[0], "b32"), L.define(to[1], "pred"), *(L.use(o, "b32") for o in operands[1:4])],
+        sources = [L.use(o, "b32") for o in operands[1:4]]
+        return L.emit("shfl.sync", [L.use(operands[4], "b32"), L.define(to[0], "b32"), L.define(to[1], "pred"), *sources],
                       a=("up", "down", "bfly", "idx").index(parts[1]), b=1 << 40, group="shuffle")
     if name == "vote" and parts[:1] == ["sync"] and parts[1:] in (["all", "pred"], ["any", "pred"], ["uni", "pred"], ["ballot", "b32"]):
         L.expect(operands, 3)
@@ -1090,7 +1102,8 @@ def _across(L, name, parts, operands):
     if name == "match" and len(parts) == 3 and parts[0] in ("any", "all") and parts[1] == "sync" and parts[2] in ("b32", "b64"):
         L.expect(operands, 3)
         to = _pair(operands[0])
-        return L.emit("match.sync." + parts[2], [L.use(operands[2], "b32"), L.define(to[0], "b32"), L.define(to[1], "pred"), L.use(operands[1], parts[2])],
+        source = L.use(operands[1], parts[2])
+        return L.emit("match.sync." + parts[2], [L.use(operands[2], "b32"), L.define(to[0], "b32"), L.define(to[1], "pred"), source],
                       a=parts[0] == "all", group="warp")
     if name == "redux" and len(parts) == 3 and parts[0] == "sync" and parts[2] in ("u32", "s32", "b32"):
         L.expect(operands, 3)
@@ -1121,15 +1134,16 @@ def _matrix_memory(L, name, parts, operands):
         raise L.unknown(f"{len(registers)} registers, expected {count}")
     b = 2 | count << 8 | address[2] << 19 | SPACES["shared" if "shared" in parts else "generic"] << 20 | transposed << 24
     values = [(L.use if name == "stmatrix" else L.define)(r, "b32") for r in registers]
-    L.emit(name, [L.constant(ALL, False), address[0], *values], a=address[1], b=b, group="shared_store" if name == "stmatrix" else "shared_load")
+    L.emit(name, [L.constant(ALL, False), address[0], *values], a=address[1], b=b,
+           group="shared_store" if name == "stmatrix" else "shared_load")
 
 
 @instruction("mma")
 def _mma(L, name, parts, operands):
     satfinite = "satfinite" in parts
     parts = [p for p in parts if p != "satfinite"]
-    m = re.fullmatch(r"m(\d+)n8k(\d+)", parts[2]) if len(parts) == 9 and parts[:2] == ["sync", "aligned"] and parts[3:5] == ["row", "col"] else None
-    if not m:
+    m = re.fullmatch(r"sync\.aligned\.m(\d+)n8k(\d+)\.row\.col", ".".join(parts[:5]))
+    if not m or len(parts) != 9:
         raise L.unknown("a shape")
     rows, depth = int(m[1]), int(m[2])
     d, a, b, c = parts[5:]
@@ -1141,8 +1155,8 @@ def _mma(L, name, parts, operands):
         shapes = {"f16": (8, 16), "bf16": (8, 16), "tf32": (4, 8), "s8": (16, 32), "u8": (16, 32)}
         whole = a in ("s8", "u8")
         accumulators = ("s32",) if whole else ("f16", "f32") if a == "f16" else ("f32",)
-        if rows != 16 or a not in shapes or depth not in shapes[a] or (a != b and not whole) or b not in shapes or d != c or d not in accumulators \
-                or (satfinite and not whole):
+        known = rows == 16 and depth in shapes.get(a, ()) and (b in ("s8", "u8") if whole else a == b) and d == c and d in accumulators
+        if not known or (satfinite and not whole):
             raise L.unknown("these types")
         per = {"f16": 2, "bf16": 2, "tf32": 1}.get(a, 4)
         size = 2 if d == "f16" else 4
@@ -1160,7 +1174,8 @@ def _wmma(L, name, parts, operands):
     if parts[0] in ("load", "store"):
         which, layout, shape = parts[1], parts[4], parts[5]
         access = _access(L, parts[6:])
-        if parts[2:4] != ["sync", "aligned"] or shape not in shapes or access.rest or access.kind not in ("f16", "bf16", "f32") or layout not in ("row", "col"):
+        if parts[2:4] != ["sync", "aligned"] or shape not in shapes or access.rest or access.kind not in ("f16", "bf16", "f32") \
+                or layout not in ("row", "col"):
             raise L.unknown("a shape")
         rows, columns, depth = shapes[shape]
         rows, columns = {"a": (rows, depth), "b": (depth, columns)}.get(which, (rows, columns))
@@ -1170,8 +1185,9 @@ def _wmma(L, name, parts, operands):
         values = [(L.use if parts[0] == "store" else L.define)(r, "b32") for r in registers]
         a = rows | columns << 8 | (layout == "col") << 20 | (which in "cd") << 21
         access.vector = len(registers)
+        space = "global" if access.space == "generic" else access.space
         return L.emit("wmma." + parts[0], [L.constant(ALL, False), address[0], L.use(stride, "u32"), *values], a=a,
-                      b=_layout(L, access, address, False) | address[1] << 32, group={"generic": "global"}.get(access.space, access.space) + "_" + parts[0])
+                      b=_layout(L, access, address, False) | address[1] << 32, group=f"{space}_{parts[0]}")
     if parts[:3] != ["mma", "sync", "aligned"] or parts[5] not in shapes:
         raise L.unknown("a shape")
     rows, columns, depth = shapes[parts[5]]
@@ -1185,7 +1201,8 @@ def _wmma(L, name, parts, operands):
     if d not in ("f16", "f32") or c not in ("f16", "f32"):
         raise L.unknown("these types")
     vectors = [_vector(o) for o in operands]
-    a = (rows | columns << 8 | depth << 16 | MATRIX_TYPES[kind] << 24 | (parts[3] == "col") << 28 | (parts[4] == "col") << 29 | (d == "f16") << 30 | (c == "f16") << 31)
+    a = (rows | columns << 8 | depth << 16 | MATRIX_TYPES[kind] << 24 | (parts[3] == "col") << 28 | (parts[4] == "col") << 29
+         | (d == "f16") << 30 | (c == "f16") << 31)
     b = len(vectors[0]) | len(vectors[1]) << 8 | len(vectors[2]) << 16
     sources = [L.use(e, "b32") for v in vectors[1:] for e in v]
     L.emit("wmma.mma", [L.constant(ALL, False), *(L.define(e, "b32") for e in vectors[0]), *sources], a=a, b=b, group="mma")
