@@ -34,7 +34,7 @@ import ptx  # noqa: E402
 OPERATIONS = ("matching_log_probs", "cosine_attention")
 DIRECTIONS = ("forward", "backward")
 SHAPES = [(1, 75, 5, 64, 5), (1, 75, 25, 64, 5), (32, 75, 25, 64, 5), (32, 75, 25, 1600, 5), (16, 300, 100, 512, 20)]  # B, Q, S, D, C
-LARGE = (1, 128, 65536, 64, 64)  # minutes, with Triton's kernels a quarter of an hour
+LARGE = (1, 128, 65536, 64, 64)  # takes minutes to execute
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float64", "float16", "bfloat16")}
 ARCHITECTURES = (80, 90)
 SECTOR = 32  # bytes
@@ -384,7 +384,8 @@ def main(arguments=None) -> int:
         found = []
         for operation, shape in itertools.product(OPERATIONS, (*SHAPES, *([LARGE] if options.large else []))):
             eager = eager_launches(operation, shape, DTYPES[options.dtype])
-            with mock.patch.object(ptx, "launch", functools.partial(ptx.launch, step_limit=10**12)):  # LARGE is more than the tests have patience for
+            # LARGE takes more steps than the machine allows of its own accord.
+            with mock.patch.object(ptx, "launch", functools.partial(ptx.launch, step_limit=10**12)):
                 for direction, cost in costs(backend, operation, shape, DTYPES[options.dtype]).items():
                     found.append((operation, direction, shape, cost, eager[direction]))
         kernels = _kernels(found)

@@ -43,8 +43,9 @@ CUDA = [  # FAULT is whether the fault is in force
     Fault("product-over-rows", "a product is stored over the rows that others still multiply",
           "__syncthreads();\n    sums.store(stage, S::kColumns);", "if (!FAULT) __syncthreads();\n    sums.store(stage, S::kColumns);"),
     Fault("stream-over-readers", "the next rows are chosen while others still use the last",
-          "ends = at + 1 >= end;\n    __syncthreads();\n    if (t < S::kOther)",
-          "ends = at + 1 >= end;\n    if (!FAULT) __syncthreads();\n    if (t < S::kOther)"),
+          "streamed += others;\n      __syncthreads();", "streamed += others;\n      if (!FAULT) __syncthreads();"),
+    Fault("classes-unstaged", "slopes are made before the classes of all queries are staged",
+          "= grad_at(i, c);\n        }\n        __syncthreads();", "= grad_at(i, c);\n        }\n        if (!FAULT) __syncthreads();"),
     Fault("rank-unread", "labels are ranked before all are there",
           "to.keys[t] = key;\n  }\n  __syncthreads();", "to.keys[t] = key;\n  }\n  if (!FAULT) __syncthreads();"),
     Fault("divide-unmeasured", "rows are divided before their norms are there",
@@ -69,8 +70,7 @@ CUDA = [  # FAULT is whether the fault is in force
     Fault("scales-stride", "the scales are read as if they were contiguous", "b * p.scales_stride", "b * (FAULT ? 1 : p.scales_stride)"),
     Fault("result-stride", "the result is read as if it had the strides of its gradient",
           "result + c * p.result.strides[2]", "result + c * (FAULT ? p.grad : p.result).strides[2]"),
-    Fault("other-episode", "the labels of another episode", "b * p.third.strides[0] + s * p.third.strides[1]];\n        if",
-          "(FAULT ? 0 : b) * p.third.strides[0] + s * p.third.strides[1]];\n        if"),
+    Fault("other-episode", "the labels of another episode", "[b * p.third.strides[0]", "[(FAULT ? 0 : b) * p.third.strides[0]"),
     Fault("swapped-label", "a class goes by its rank, not by its label",
           "to.label[segment] = key;", "to.label[segment] = FAULT ? segment : key;"),
     Fault("short-class", "the last class of a tile loses a support",
@@ -101,7 +101,7 @@ CUDA = [  # FAULT is whether the fault is in force
           "out = scale * ds * u * other.unit[j];", "out = (FAULT ? T(1) : scale) * ds * u * other.unit[j];"),
     Fault("missing-u", "an episode's slope lacks u", "out = scale * ds * u;", "out = scale * ds * (FAULT ? T(1) : u);"),
     Fault("lost-norm", "the gradient lacks the part along the row",
-          "(x - radial[row] * own.active[row] * unit)", "(x - (FAULT ? T(0) : radial[row]) * own.active[row] * unit)"),
+          "(sum - radial[row] * own.active[row] * unit)", "(sum - (FAULT ? T(0) : radial[row]) * own.active[row] * unit)"),
     Fault("lost-norm-episode", "an episode's gradient of supports lacks the part along the row",
           "radial[row] * own.active[row] * at)", "(FAULT ? T(0) : radial[row]) * own.active[row] * at)"),
     Fault("wrong-radial", "the part along the row is that of eps_mode clamp",
@@ -111,6 +111,7 @@ CUDA = [  # FAULT is whether the fault is in force
     Fault("added-twice", "the first part of a gradient is added twice",
           "T x = 0;\n      for (int64_t i = 0; i < sum.count",
           "T x = FAULT ? sum.parts[e] : T(0);\n      for (int64_t i = 0; i < sum.count"),
+    Fault("lost-strip", "a gradient loses all but its last strip", "if (!begins) x += *sum;", "if (!begins && !FAULT) x += *sum;"),
     Fault("lost-scale-part", "the first part of the gradient of scales is left out",
           "for (int64_t i = 0; i < p.scale_parts; ++i)", "for (int64_t i = FAULT; i < p.scale_parts; ++i)"),
     # numbers
@@ -139,9 +140,9 @@ TRITON = [
     Fault("swapped-label", "a support counts for the class before its own",
           "[:, None] == columns[None, :]).to(A)", "[:, None] - 1 == columns[None, :]).to(A)"),
     Fault("scales-not-wanted", "the gradient of scales is written where none is wanted",
-          "if of_query & (chunk == 0) & ((needs & 8) != 0):", "if of_query & (chunk == 0):"),
+          " & (needs_scales != 0):", ":"),
     Fault("query-not-wanted", "the gradient of queries is written where only that of scales is wanted",
-          "& ((role > 0) | ((needs & 1) != 0))", ""),
+          "& ((role > 0) | (needs_query != 0))", ""),
     # softmax
     Fault("lost-rescale", "the weighted values keep the scale of a smaller largest score", "sums * fade[:, None]", "sums"),
     Fault("lost-total-rescale", "the sum of exponentials keeps the scale of a smaller largest score",
@@ -158,8 +159,8 @@ TRITON = [
           "sums / tl.where(total == 0, 1.0, total)[:, None]", "sums / total[:, None]"),
     # gradients
     Fault("missing-scale", "the slope lacks the scale", "ds *= factor", "pass"),
-    Fault("lost-norm", "the gradient lacks the part along the row", "(sums - back[:, None] * x)", "sums"),
-    Fault("wrong-radial", "the part along the row of eps_mode sqrt is that of add", "tl.where(eps_mode == 1, u * u, u * u * u)", "u * u"),
+    Fault("lost-norm", "the gradient lacks the part along the row", "(sums - back[:, None] * unit)", "sums"),
+    Fault("wrong-radial", "the part along the row of eps_mode sqrt is that of add", " * tl.where(eps_mode == 2, u, 1.0)", ""),
     Fault("wrong-role", "the last program of supports computes values",
           "(job >= query_jobs + support_jobs)", "(job >= query_jobs + support_jobs - 1)"),
     Fault("wrong-total", "the slope of a label lacks the other classes",
@@ -179,7 +180,7 @@ TRITON = [
 # ---- running them ----------------------------------------------------------------------------------------------------------------------
 
 def cuda_kernels(source: str):
-    """With which fault, or None -> the context where ``emulator(seed)`` runs the kernels. All are in one build, in which a variable chooses."""
+    """With which fault, or None -> the context in which ``emulator(seed)`` runs the kernels. One build has all, and a variable chooses."""
     for number, fault in enumerate(CUDA, 1):
         assert source.count(fault.old) == 1, f"{fault.name} is in the way of another fault"
         source = source.replace(fault.old, fault.new.replace("FAULT", f"(fault == {number})"))

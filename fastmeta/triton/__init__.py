@@ -1,8 +1,7 @@
 """Kernels in Triton, for any GPU that Triton knows; importing this package imports triton.
 
-A module an operation, with functions that take and give what the operation of that name in :mod:`fastmeta.schemas` does:
-``cosine_attention``, ``cosine_attention_backward``, ``matching_log_probs``, ``matching_log_probs_backward``. Every kernel starts, and every result
-is allocated, in :mod:`.launch`.
+The functions take and give what the operation of that name in :mod:`fastmeta.schemas` does, except that a label out of range is not
+reported: it makes every log-probability of its episode NaN. Every kernel starts, and every result is allocated, in :mod:`.launch`.
 """
 
 from .cosine_attention import (cosine_attention, cosine_attention_backward, matching_log_probs, matching_log_probs_backward,

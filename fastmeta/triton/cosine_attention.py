@@ -1,17 +1,23 @@
-"""cosine_attention and matching_log_probs, forward and backward. The mathematics is in ``reference/cosine_attention.py``, the contract of the
-operations in ``schemas/cosine_attention.py``.
+"""cosine_attention and matching_log_probs, forward and backward. The mathematics is in ``reference/cosine_attention.py``, the
+contract of the operations in ``schemas/cosine_attention.py``.
 
-A program has a tile of rows of one side, queries or supports, and streams the rows of the other side through, a tile at a time. The product
-of two tiles runs over the features in pieces, and the squares of both sides are summed in the same pass, so D is bounded by nothing and no norm is ever stored.
-The scores of a pair of tiles are consumed at once. There are no atomics, and partial results are added in a fixed order: the same bits on every run.
+A program has a tile of rows of one side, queries or supports, and streams the rows of the other side past it, a tile at a time. The
+product of two tiles runs over the features in pieces, and the squares of both sides are summed in the same pass: D has no bound, and no
+norm is stored. The scores of two tiles are consumed at once. There are no atomics, and partial results are added in a fixed order: the
+same bits on every run.
 
-With x^ = x / a' and a' about \\|x\\|, c = u (q^ . k^), where u is 1 but for eps_mode ``add`` and ``sqrt``; and with ds the gradient of the loss by a score,
+With x^ = x / a' and a' about the norm of x, c = u (q^ . k^), where u is 1 but for eps_mode ``add`` and ``sqrt``; and with ds the gradient
+of the loss by a score,
     dq_i = scale / a'_i (sum_j ds_ij u_ij k^_j  -  q^_i sum_j ds_ij v_ij (q^_i . k^_j))
-and the same for k_j with the sums over i; v is 1, u^2 or u^3 for ``clamp``, ``add``, ``sqrt``, and 0 for a side that is not divided by its norm.
+and the same for k_j with the sums over i; v is 1, u^2 or u^3 for ``clamp``, ``add``, ``sqrt``, and 0 for a side that is not divided by
+its norm.
 
-Options are run-time numbers and strides are not specialised on: a kernel is compiled once for a dtype and a choice of tiles, not for every shape.
+Options are numbers at run time, and neither sizes nor strides are specialised on: a kernel is compiled for a dtype and a choice of tiles,
+not for a shape.
 """
 
+import functools
+import inspect
 import os
 from typing import NamedTuple
 
@@ -22,12 +28,18 @@ from torch import Tensor
 
 from . import launch as device
 
-_NEEDS_QUERY, _NEEDS_SUPPORT, _NEEDS_VALUES, _NEEDS_SCALES = 1, 2, 4, 8
+SLICE = tl.constexpr(8)  # rows of a tile that one product of the backward reads
 
 
 def supports(dtype: torch.dtype) -> bool:
     """Whether the kernels compute in tensors of this dtype."""
     return dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def _kernel(function):
+    """``triton.jit`` of a kernel that is compiled for types and constants alone, not for values or alignments of its arguments."""
+    names = [name for name, p in inspect.signature(function).parameters.items() if p.annotation is not tl.constexpr]
+    return triton.jit(function, do_not_specialize=names, do_not_specialize_on_alignment=names)
 
 
 # ---- rows and their norms ----------------------------------------------------------------------------------------------------------
@@ -49,10 +61,10 @@ def _dot(x, y, sums):
 
 @triton.jit
 def _load_rows(base, real, row_stride, first, count, column_stride, ALIGNED: tl.constexpr, WIDTH: tl.constexpr):
-    """``[rows, WIDTH]``: the rows from ``base`` on, their columns from ``first`` on; zeros where a row is not ``real`` and past column ``count``.
+    """``[rows, WIDTH]``: rows from ``base`` on, columns from ``first`` on; zeros where a row is not ``real`` or a column not < ``count``.
 
-    ALIGNED: ``base`` and the rows begin at multiples of 16 bytes, the columns are contiguous and ``count`` a multiple of 16 bytes. Divided and
-    multiplied, the numbers are multiples for the compiler too, which then moves 16 bytes at a time.
+    ALIGNED: ``base`` and the rows begin at multiples of 16 bytes, the columns are contiguous, and ``count`` of them are a multiple of 16
+    bytes. Divided and multiplied by it, the numbers are multiples for the compiler too, which then moves 16 bytes at a time.
     """
     offsets, inside = _tile(base.dtype.element_ty, real, row_stride, first, count, column_stride, ALIGNED, WIDTH)
     at = base + (first if ALIGNED else first * column_stride.to(tl.int64))
@@ -138,8 +150,9 @@ def _scaling(squares, factor, divided, eps_mode, eps):
 
 
 @triton.jit
-def _cosines(own, own_real, own_row, own_column, own_divided, other, other_real, other_row, other_column, other_divided, D, eps_mode, eps, ALIGNED: tl.constexpr, BLOCK_D: tl.constexpr):
-    """``x^ . y^`` of a tile of own rows and one of others, u, and of the rows of each (factor, multiplier), of the own (inverse, active)."""
+def _cosines(own, own_real, own_row, own_column, own_divided, other, other_real, other_row, other_column, other_divided, D, eps_mode, eps,
+             ALIGNED: tl.constexpr, BLOCK_D: tl.constexpr):
+    """``c``, ``u`` of own rows and others; factor, multiplier, inverse and active of the own rows; factor and multiplier of the others."""
     A: tl.constexpr = _accumulation(own.dtype.element_ty)
     own_factor = tl.full([own_real.shape[0]], 1.0, A)
     other_factor = tl.full([other_real.shape[0]], 1.0, A)
@@ -155,7 +168,7 @@ def _cosines(own, own_real, own_row, own_column, own_divided, other, other_real,
                                                          other_column, other_factor, D, True, ALIGNED, BLOCK_D)
     own_multiplier, own_inverse, own_norm, own_active = _scaling(own_squares, own_factor, own_divided, eps_mode, eps)
     other_multiplier, other_inverse, other_norm, _ = _scaling(other_squares, other_factor, other_divided, eps_mode, eps)
-    cosine = dots * own_multiplier[:, None] * other_multiplier[None, :]
+    dots = dots * own_multiplier[:, None] * other_multiplier[None, :]
     u = tl.full(dots.shape, 1.0, A)
     if divided & (eps_mode > 0):
         norms, inverses = own_norm[:, None] * other_norm[None, :], own_inverse[:, None] * other_inverse[None, :]
@@ -164,7 +177,7 @@ def _cosines(own, own_real, own_row, own_column, own_divided, other, other_real,
         else:
             g = tl.sqrt(norms * norms + eps * inverses * inverses)
         u = 1.0 / tl.where(g < 1.2e-38, 1.2e-38, g)
-    return cosine, u, own_factor, own_multiplier, own_inverse, own_active, other_factor, other_multiplier
+    return u * dots, u, own_factor, own_multiplier, own_inverse, own_active, other_factor, other_multiplier
 
 
 @triton.jit
@@ -185,16 +198,7 @@ def _load_labels(labels, labels_row, real, C):
 
 # ---- forward -----------------------------------------------------------------------------------------------------------------------
 
-_NUMBERS = ["query_batch", "query_row", "query_column", "support_batch", "support_row", "support_column", "third_batch", "third_row",
-            "third_column", "mask_batch", "mask_row", "scales_batch", "grad_batch", "grad_row", "grad_column", "B", "Q", "S", "D", "C",
-            "tiles", "chunks", "part", "parts", "rows", "query_tiles", "query_chunks", "query_parts", "support_tiles", "support_chunks",
-            "support_parts", "value_chunks", "query_span", "support_span", "value_span", "normalize", "eps_mode", "has_mask", "has_scales",
-            "needs", "query_count", "support_count", "values_count", "scale_count"]
-_POINTERS = ["grad", "query", "support", "third", "mask", "scales", "result", "log_sums", "to_query", "to_support", "to_values", "to_scales",
-             "parts_result", "parts_log_sums", "query_from", "support_from", "values_from", "scales_from"]
-
-
-@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_POINTERS)
+@_kernel
 def forward_kernel(query, support, third, mask, scales, result, log_sums, query_batch: tl.int64, query_row: tl.int32,
                    query_column: tl.int32, support_batch: tl.int64, support_row: tl.int32, support_column: tl.int32, third_batch: tl.int64,
                    third_row: tl.int32, third_column: tl.int32, mask_batch: tl.int64, mask_row: tl.int32, scales_batch: tl.int64,
@@ -231,10 +235,10 @@ def forward_kernel(query, support, third, mask, scales, result, log_sums, query_
     sums = tl.zeros([BLOCK_Q, BLOCK_C], A)
     for s in range(start, end, BLOCK_S):
         s_real = _is_real(mask, mask_row, has_mask, s, end, BLOCK_S)
-        cosine, u, _, _, _, _, _, _ = _cosines(
+        cosine, _, _, _, _, _, _, _ = _cosines(
             query, q_real, query_row, query_column, normalize == 2, support + s * support_row.to(tl.int64), s_real, support_row,
             support_column, normalize > 0, D, eps_mode, epsilon, ALIGNED, BLOCK_D)
-        scores = tl.where(s_real[None, :], factor * u * cosine, float("-inf"))
+        scores = tl.where(s_real[None, :], factor * cosine, float("-inf"))
         if LABELS:
             label = _load_labels(third + s * third_row.to(tl.int64), third_row, s_real, C)
             scores = tl.where((label < 0)[None, :], float("nan"), scores)
@@ -281,7 +285,7 @@ def forward_kernel(query, support, third, mask, scales, result, log_sums, query_
         tl.store(log_sums + row + tl.arange(0, BLOCK_Q), top + log_total, mask=q_real & (chunk == 0))
 
 
-@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_POINTERS)
+@_kernel
 def merge_kernel(parts_result, parts_log_sums, result, log_sums, rows: tl.int32, C: tl.int32, parts: tl.int32, LABELS: tl.constexpr,
                  BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr):
     """Results of parts of the supports, ``[parts, rows, C]`` and log_sums ``[parts, rows(, C)]``, to that of all of them."""
@@ -342,8 +346,8 @@ def _pick(x, label, of_query):
 
 @triton.jit
 def _incoming_of_classes(grad, log_sums, real, grad_row, grad_column, label, of_query, C, BLOCK_C: tl.constexpr):
-    """Of the class of each pair the log-sum and the gradient; of the classes of each query that have supports the log-sum of all and the sum of
-    the gradients."""
+    """For each pair the log-sum and the gradient of its class; for each query the log-sum of all classes, and the sum of the gradients of
+    those that have supports."""
     A: tl.constexpr = log_sums.dtype.element_ty
     of_class = tl.zeros(label.shape, A)
     grad_of_class = tl.zeros(label.shape, A)
@@ -397,36 +401,37 @@ def _store_gradient(base, real, first, count, gradient, ALIGNED: tl.constexpr, W
     _store_rows(base, real, count, first, count, gradient, ALIGNED, WIDTH)
 
 
-@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_POINTERS)
+@_kernel
 def backward_kernel(grad, query, support, third, mask, scales, result, log_sums, to_query, to_support, to_values, to_scales,
                     grad_batch: tl.int64, grad_row: tl.int32, grad_column: tl.int32, query_batch: tl.int64, query_row: tl.int32,
                     query_column: tl.int32, support_batch: tl.int64, support_row: tl.int32, support_column: tl.int32,
                     third_batch: tl.int64, third_row: tl.int32, third_column: tl.int32, mask_batch: tl.int64, mask_row: tl.int32,
                     scales_batch: tl.int64, B: tl.int32, Q: tl.int32, S: tl.int32, D: tl.int32, C: tl.int32, query_tiles: tl.int32,
-                    query_chunks: tl.int32, query_parts: tl.int32, query_span: tl.int32, support_tiles: tl.int32, support_chunks: tl.int32,
-                    support_parts: tl.int32, support_span: tl.int32, value_chunks: tl.int32, value_span: tl.int32, scale: tl.float64,
-                    normalize: tl.int32, eps_mode: tl.int32, eps: tl.float64, has_mask: tl.int32, has_scales: tl.int32, needs: tl.int32,
+                    query_spans: tl.int32, query_parts: tl.int32, query_span: tl.int32, support_tiles: tl.int32, support_spans: tl.int32,
+                    support_parts: tl.int32, support_span: tl.int32, values_spans: tl.int32, values_span: tl.int32, scale: tl.float64,
+                    normalize: tl.int32, eps_mode: tl.int32, eps: tl.float64, has_mask: tl.int32, has_scales: tl.int32,
+                    needs_query: tl.int32, needs_scales: tl.int32,
                     LABELS: tl.constexpr, ALIGNED: tl.constexpr, THIRD_ALIGNED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
-                    BLOCK_C: tl.constexpr, WIDTH: tl.constexpr, SLICE: tl.constexpr):
-    """A tile of own rows, a span of the columns of their gradient, and a part of the other side's rows.
+                    BLOCK_C: tl.constexpr, WIDTH: tl.constexpr):
+    """A tile of own rows, a span of the columns of their gradient, and a part of the others.
 
-    Programs have one of three roles: the gradients of queries (0), of supports (1), of values (2). Each adds up the product of a matrix, own rows by others, and the
-    others' rows. Where the others are one tile, the matrix is computed once for all columns; else a span is WIDTH, so
-    that the sums stay in registers, and the programs of the other spans compute it again.
+    A program has one of three roles: the gradients of queries (0), of supports (1) or of values (2). It adds up products of a matrix, own
+    rows by others, and the rows of the others. Where these are one tile the matrix is computed once, and a span is all columns. Else it
+    is WIDTH columns, whose sums stay in registers, and the programs of the other spans compute the matrix again.
     """
     A: tl.constexpr = _accumulation(query.dtype.element_ty)
-    query_jobs = query_tiles * query_chunks * query_parts
-    support_jobs = support_tiles * support_chunks * support_parts
-    jobs = query_jobs + support_jobs + support_tiles * value_chunks * support_parts
+    query_jobs = query_tiles * query_spans * query_parts
+    support_jobs = support_tiles * support_spans * support_parts
+    jobs = query_jobs + support_jobs + support_tiles * values_spans * support_parts
     pid = tl.program_id(0)
     b, job = (pid // jobs).to(tl.int64), pid % jobs
     role = (job >= query_jobs).to(tl.int32) + (job >= query_jobs + support_jobs).to(tl.int32)
     of_query = role == 0
     job -= tl.where(of_query, 0, tl.where(role == 1, query_jobs, query_jobs + support_jobs))
     tiles = tl.where(of_query, query_tiles, support_tiles)
-    chunks = tl.where(of_query, query_chunks, tl.where(role == 1, support_chunks, value_chunks))
-    span = tl.where(of_query, query_span, tl.where(role == 1, support_span, value_span))
-    tile, chunk, part = job % tiles, job // tiles % chunks, job // tiles // chunks
+    spans = tl.where(of_query, query_spans, tl.where(role == 1, support_spans, values_spans))
+    span = tl.where(of_query, query_span, tl.where(role == 1, support_span, values_span))
+    tile, first_column, part = job % tiles, job // tiles % spans * span, job // tiles // spans
     factor = tl.cast(scale, A) * tl.load(scales + b * scales_batch, mask=has_scales != 0, other=1.0).to(A)
     epsilon = tl.cast(eps, A)
 
@@ -463,11 +468,11 @@ def backward_kernel(grad, query, support, third, mask, scales, result, log_sums,
     own_inverse = tl.zeros([BLOCK], A)
     back = tl.zeros([BLOCK], A)
     scale_sum = tl.zeros([BLOCK], A)
-    for column in tl.range(chunk * span, tl.minimum(chunk * span + span, tl.maximum(width, 1)), WIDTH, disable_licm=True):
+    for column in tl.range(first_column, tl.minimum(first_column + span, tl.maximum(width, 1)), WIDTH, disable_licm=True):
         sums = tl.zeros([BLOCK, WIDTH], A)
         for start in tl.range(part * share, others_end, BLOCK, disable_licm=True):
             other_real = _is_real(mask, mask_row, has_mask * (role == 0), start, others_end, BLOCK)
-            if column == chunk * span:
+            if column == first_column:
                 pair = own_real[:, None] & other_real[None, :]
                 q_real = tl.where(of_query, own_real, other_real)
                 q_first = tl.where(of_query, own_first, start).to(tl.int64)
@@ -476,10 +481,10 @@ def backward_kernel(grad, query, support, third, mask, scales, result, log_sums,
                 q_log_sums = log_sums + (b * Q + q_first) * (C if LABELS else 1)
                 s_third = third + s_first * third_row
                 cosine, u, own_factor, own_multiplier, own_inverse, own_active, other_factor, other_multiplier = _cosines(
-                    own, own_real, own_row, own_column, normalize > of_query.to(tl.int32), other + start * other_row.to(tl.int64), other_real,
-                    other_row, other_column, normalize > 1 - of_query.to(tl.int32), D, eps_mode, epsilon, ALIGNED, BLOCK_D)
+                    own, own_real, own_row, own_column, normalize > of_query.to(tl.int32), other + start * other_row.to(tl.int64),
+                    other_real, other_row, other_column, normalize > 1 - of_query.to(tl.int32), D, eps_mode, epsilon, ALIGNED, BLOCK_D)
                 own_scale = own_multiplier * own_factor
-                scores = factor * u * cosine
+                scores = factor * cosine
                 if LABELS:
                     label = _across(_load_labels(s_third, third_row, tl.where(of_query, other_real, own_real), C), ~of_query)
                     scores = tl.where(label < 0, float("nan"), scores)
@@ -490,18 +495,20 @@ def backward_kernel(grad, query, support, third, mask, scales, result, log_sums,
                 else:
                     log_sum = tl.load(q_log_sums + tl.arange(0, BLOCK), mask=q_real, other=0.0)
                     matrix = tl.where(pair, tl.exp(scores - _across(log_sum, of_query)), 0.0)
-                    x_third, x_row, x_column, y_third, y_row, y_column = s_third, third_row, third_column, q_grad, grad_row, grad_column
+                    x, x_row, x_column, y, y_row, y_column = s_third, third_row, third_column, q_grad, grad_row, grad_column
                     if of_query:
-                        x_third, x_row, x_column, y_third, y_row, y_column = q_grad, grad_row, grad_column, s_third, third_row, third_column
-                    products, total = _incoming_of_values(x_third, own_real, x_row, x_column, y_third, other_real, y_row, y_column,
-                                                          result + (b * Q + q_first) * C, of_query, tl.where(role == 2, 0, C), THIRD_ALIGNED, BLOCK_C)
+                        x, x_row, x_column, y, y_row, y_column = q_grad, grad_row, grad_column, s_third, third_row, third_column
+                    products, total = _incoming_of_values(x, own_real, x_row, x_column, y, other_real, y_row, y_column,
+                                                          result + (b * Q + q_first) * C, of_query, tl.where(role == 2, 0, C),
+                                                          THIRD_ALIGNED, BLOCK_C)
                     ds = matrix * (products - _across(total, of_query))
                 if role < 2:
                     ds = tl.where(pair, ds, 0.0)
-                    v = tl.where(eps_mode == 0, 1.0, tl.where(eps_mode == 1, u * u, u * u * u))
-                    scale_sum += tl.sum(ds * u * cosine, 1)
+                    scale_sum += tl.sum(ds * cosine, 1)
                     ds *= factor
-                    back += tl.sum(ds * v * cosine, 1) * own_active
+                    # v / u one factor after the other: a row of zeros has a cosine of 0, and a u whose square may be infinite.
+                    along = ds * cosine * tl.where(eps_mode > 0, u, 1.0) * tl.where(eps_mode == 2, u, 1.0)
+                    back += tl.sum(along, 1) * own_active
                     matrix = ds * u * other_multiplier[None, :]
                 else:
                     other_factor = tl.full([BLOCK], 1.0, A)
@@ -512,24 +519,25 @@ def backward_kernel(grad, query, support, third, mask, scales, result, log_sums,
             for i in tl.range(0, BLOCK // SLICE, num_stages=1, disable_licm=True):
                 here = tl.arange(0, BLOCK // SLICE) == i
                 first = start + i * SLICE
-                y_real = _is_real(mask, mask_row, has_mask * (role == 0), first, others_end, SLICE)
-                y = _load_rows(rows + first * rows_row.to(tl.int64), y_real, rows_row, column, width, rows_column, ALIGNED and THIRD_ALIGNED,
-                               WIDTH).to(A)
-                y *= tl.sum(tl.where(here[:, None], factors, 0.0), 0)[:, None]
-                sums = _dot(tl.sum(tl.where(here[None, :, None], slices, 0.0), 1), y, sums)
+                slice_real = _is_real(mask, mask_row, has_mask * (role == 0), first, others_end, SLICE)
+                right = _load_rows(rows + first * rows_row.to(tl.int64), slice_real, rows_row, column, width, rows_column,
+                                   ALIGNED and THIRD_ALIGNED, WIDTH).to(A)
+                right *= tl.sum(tl.where(here[:, None], factors, 0.0), 0)[:, None]
+                left = tl.sum(tl.where(here[None, :, None], slices, 0.0), 1)
+                sums = _dot(left, right, sums)
         if role < 2:
-            x = _load_rows(own, own_real, own_row, column, D, own_column, ALIGNED, WIDTH).to(A) * own_scale[:, None]
-            sums = own_inverse[:, None] * (sums - back[:, None] * x)
-        wanted = (tl.arange(0, BLOCK) < own_count - own_first) & ((role > 0) | ((needs & 1) != 0))
+            unit = _load_rows(own, own_real, own_row, column, D, own_column, ALIGNED, WIDTH).to(A) * own_scale[:, None]
+            sums = own_inverse[:, None] * (sums - back[:, None] * unit)
+        wanted = (tl.arange(0, BLOCK) < own_count - own_first) & ((role > 0) | (needs_query != 0))
         _store_gradient(to, wanted, column, width, sums, ALIGNED and THIRD_ALIGNED, WIDTH)
-    if of_query & (chunk == 0) & ((needs & 8) != 0):
+    if of_query & (first_column == 0) & (needs_scales != 0):
         tl.store(to_scales + (b * query_parts + part) * query_tiles + tile, tl.cast(scale, A) * tl.sum(scale_sum))
 
 
 @triton.jit
 def _add_parts(parts, to, block, count, number, part_stride, element_stride, BLOCK: tl.constexpr):
     """``to[i] = sum_p parts[p, i]`` for a block of the ``count`` elements, p from 0 on."""
-    i = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    i = block * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], parts.dtype.element_ty)
     for p in range(number):
         total += tl.load(parts + p * part_stride + i * element_stride, mask=i < count, other=0.0)
@@ -538,88 +546,123 @@ def _add_parts(parts, to, block, count, number, part_stride, element_stride, BLO
     tl.store(to + i, total.to(to.dtype.element_ty), mask=i < count)
 
 
-@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_POINTERS)
-def add_kernel(query_from, support_from, values_from, scales_from, to_query, to_support, to_values, to_scales, query_count: tl.int64,
-               support_count: tl.int64, values_count: tl.int64, scale_count: tl.int64, query_parts: tl.int32, support_parts: tl.int32, scale_parts: tl.int32, BLOCK: tl.constexpr):
-    """The parts of each gradient to the gradient; a count is 0 where there is nothing to add."""
-    block = tl.program_id(0)
-    query_blocks, support_blocks, value_blocks = tl.cdiv(query_count, BLOCK), tl.cdiv(support_count, BLOCK), tl.cdiv(values_count, BLOCK)
+@_kernel
+def add_kernel(query_parts, support_parts, values_parts, scales_parts, to_query, to_support, to_values, to_scales, query_count: tl.int64,
+               support_count: tl.int64, values_count: tl.int64, scales_count: tl.int64, of_query: tl.int32, of_support: tl.int32,
+               of_scales: tl.int32, BLOCK: tl.constexpr):
+    """The sum of the parts of each gradient; a count is 0 where there is nothing to add."""
+    block = tl.program_id(0).to(tl.int64)
+    query_blocks, support_blocks, values_blocks = tl.cdiv(query_count, BLOCK), tl.cdiv(support_count, BLOCK), tl.cdiv(values_count, BLOCK)
     if block < query_blocks:
-        _add_parts(query_from, to_query, block, query_count, query_parts, query_count, 1, BLOCK)
+        _add_parts(query_parts, to_query, block, query_count, of_query, query_count, 1, BLOCK)
     elif block < query_blocks + support_blocks:
-        _add_parts(support_from, to_support, block - query_blocks, support_count, support_parts, support_count, 1, BLOCK)
-    elif block < query_blocks + support_blocks + value_blocks:
-        _add_parts(values_from, to_values, block - query_blocks - support_blocks, values_count, support_parts, values_count, 1, BLOCK)
+        _add_parts(support_parts, to_support, block - query_blocks, support_count, of_support, support_count, 1, BLOCK)
+    elif block < query_blocks + support_blocks + values_blocks:
+        _add_parts(values_parts, to_values, block - query_blocks - support_blocks, values_count, of_support, values_count, 1, BLOCK)
     else:
-        _add_parts(scales_from, to_scales, block - query_blocks - support_blocks - value_blocks, scale_count, scale_parts, 1, scale_parts, BLOCK)
+        block -= query_blocks + support_blocks + values_blocks
+        _add_parts(scales_parts, to_scales, block, scales_count, of_scales, 1, of_scales, BLOCK)
 
 
-# ---- the operations ------------------------------------------------------------------------------------------------------------------
-
-_ENOUGH_PROGRAMS = 264  # two for each multiprocessor of an H100; a number of its own, so that every device adds in the same order
-_ENOUGH_ROWS = 512  # of the other side in a part
+# ---- how a problem is cut ------------------------------------------------------------------------------------------------------------
 
 
 class Configuration(NamedTuple):
-    """How a kernel cuts its problem: rows of queries and of supports in a tile (the same in the backward), features and columns at a time."""
-    block_q: int
-    block_s: int
-    block_d: int
-    block_c: int
-    width: int
+    """How a kernel cuts its problem."""
+
+    block_q: int  # queries in a tile
+    block_s: int  # supports; in the backward as many as queries
+    block_d: int  # features at a time
+    block_c: int  # columns of the values, or classes, at a time
+    width: int  # columns of a gradient that stay in registers
     num_warps: int
     num_stages: int
 
 
 def configurations(backward: bool, queries: int, supports: int, features: int, columns: int, dtype: torch.dtype) -> list[Configuration]:
-    """What is worth trying for a problem of this size, the best guess first."""
+    """What is worth trying for a problem of this size, the best guess first.
+
+    Few choices, as each is compiled. In float32 a product keeps what it reads in registers: larger tiles, or longer pieces of features,
+    would spill.
+    """
     if dtype == torch.float64:
         return [Configuration(16, 16, 16, 16, 16, 4, 1)]
-    block_c = 16 if columns <= 16 else 64
-    return [Configuration(32, 32, 32, block_c, 64 if features <= 64 else 128, 8, stages) for stages in (2, 3)]
+    block_c = 16 if columns <= 16 else 32 if columns <= 32 or backward else 64
+    width = 64 if features <= 64 else 128
+    pieces = ((16, 2), (32, 2), (32, 3), (16, 3)) if dtype == torch.float32 else ((32, 2), (32, 3), (64, 2), (64, 3))
+    return [Configuration(32, 32, block_d, block_c, width, 8, stages) for block_d, stages in pieces]
+
+
+_ENOUGH_PROGRAMS = 264  # two for each multiprocessor of an H100; not of the device at hand, so that every device adds in the same order
+_ENOUGH_ROWS = 512
+
+
+def _parts(programs: int, rows: int, block: int) -> tuple[int, int]:
+    """``(parts, rows of a part)`` of what a program streams, multiples of ``block`` rows; more than one if programs are few, rows many."""
+    parts = max(1, min(triton.cdiv(_ENOUGH_PROGRAMS, max(programs, 1)), rows // _ENOUGH_ROWS))
+    part = max(triton.cdiv(triton.cdiv(rows, block), parts), 1) * block
+    return max(triton.cdiv(rows, part), 1), part
+
+
+_tuned = {}
+
+
+def _choose(backward: bool, problem: "_Problem", run) -> Configuration:
+    """The best guess; with ``FASTMETA_AUTOTUNE=1`` the fastest of all, measured once for problems of about this size."""
+    sizes = problem.queries, problem.supports, problem.features, problem.columns
+    tried = configurations(backward, *sizes, problem.dtype)
+    if os.environ.get("FASTMETA_AUTOTUNE") != "1":
+        return tried[0]
+    about = tuple(triton.next_power_of_2(n) for n in (problem.batch, *sizes))
+    key = backward, problem.labels, problem.dtype, problem.device, about
+    if key not in _tuned:
+        _tuned[key] = min(tried, key=lambda c: triton.testing.do_bench(functools.partial(run, c)))
+    return _tuned[key]
+
+
+# ---- the operations ------------------------------------------------------------------------------------------------------------------
 
 
 def _aligned(*tensors: Tensor) -> bool:
-    """Whether the rows of all can be read 16 bytes at a time."""
+    """Whether the rows of all can be moved 16 bytes at a time."""
     def aligned(t):
         unit = 16 // t.element_size()
         return t.stride(-1) == 1 and t.data_ptr() % 16 == 0 and not any(n % unit for n in (t.shape[-1], *t.stride()[:-1]))
     return all(map(aligned, tensors))
 
 
-def _divided(programs: int, rows: int, block: int) -> tuple[int, int]:
-    """``(parts, rows of a part)``: a stream of rows in so many parts, multiples of ``block`` rows, as give the GPU enough programs."""
-    parts = max(1, min(triton.cdiv(_ENOUGH_PROGRAMS, max(programs, 1)), rows // _ENOUGH_ROWS))
-    part = max(triton.cdiv(triton.cdiv(rows, block), parts), 1) * block
-    return max(triton.cdiv(rows, part), 1), part
+def _strides(name: str, t: Tensor | None, dimensions=("batch", "row", "column")) -> dict[str, int]:
+    strides = t.stride() if t is not None else ()
+    return dict(zip((f"{name}_{d}" for d in dimensions), (*strides, 0, 0, 0)))
+
+
+def _within_reach(t: Tensor) -> Tensor:
+    """The tensor, or a copy where the offsets in a tile need more than 32 bits."""
+    return t.contiguous() if any(stride >= 2**23 for stride in t.stride()[1:]) else t
 
 
 class _Problem:
-    """The arguments that forward and backward have in common."""
+    """What forward and backward have in common: sizes, and arguments of the kernels."""
 
     def __init__(self, query, support, third, mask, scales, scale, normalize, eps_mode, eps, columns, labels):
         self.device, self.dtype, self.labels = query.device, query.dtype, labels
         self.accumulation = torch.float64 if query.dtype == torch.float64 else torch.float32
         self.batch, self.queries, self.features = query.shape
         self.supports, self.columns = support.shape[1], columns
-        # An absent tensor is an empty one of the same type, which is compiled no differently.
+        query, support, third = map(_within_reach, (query, support, third))
+        # In place of an absent tensor an empty one of its type, for which nothing is compiled anew.
         self.tensors = dict(query=query, support=support, third=third,
-                            mask=self.empty(0, dtype=torch.uint8) if mask is None else mask.view(torch.uint8),
+                            mask=self.empty(0, dtype=torch.uint8) if mask is None else _within_reach(mask).view(torch.uint8),
                             scales=self.empty(0) if scales is None else scales)
-        self.strides = {f"{name}_{dim}": stride for name, tensor, dims in (
-            ("query", query, ("batch", "row", "column")), ("support", support, ("batch", "row", "column")),
-            ("third", third, ("batch", "row", "column")), ("mask", mask, ("batch", "row")), ("scales", scales, ("batch",)))
-            for dim, stride in zip(dims, (0, 0, 0) if tensor is None else (*tensor.stride(), 0))}
-        self.sizes = dict(B=self.batch, Q=self.queries, S=self.supports, D=self.features, C=columns)
+        self.numbers = {**_strides("query", query), **_strides("support", support), **_strides("third", third),
+                        **_strides("mask", mask, ("batch", "row")), **_strides("scales", scales, ("batch",)),
+                        "B": self.batch, "Q": self.queries, "S": self.supports, "D": self.features, "C": columns}
         self.options = dict(scale=scale, normalize=normalize, eps_mode=eps_mode, eps=max(eps, torch.finfo(self.accumulation).tiny),
                             has_mask=int(mask is not None), has_scales=int(scales is not None))
-        self.constants = dict(LABELS=labels, ALIGNED=_aligned(query, support), THIRD_ALIGNED=not labels and _aligned(third))
+        self.constants = dict(LABELS=labels, ALIGNED=_aligned(query, support), THIRD_ALIGNED=labels or _aligned(third))
 
     def empty(self, *shape, dtype=None) -> Tensor:
         return device.empty(shape, dtype or self.accumulation, self.device)
-
-    def configurations(self, backward):
-        return configurations(backward, self.queries, self.supports, self.features, self.columns, self.dtype)
 
 
 def _forward(p: _Problem) -> tuple[Tensor, Tensor]:
@@ -629,79 +672,82 @@ def _forward(p: _Problem) -> tuple[Tensor, Tensor]:
 
     def run(c: Configuration):
         tiles, chunks = triton.cdiv(p.queries, c.block_q), max(triton.cdiv(p.columns, c.block_c), 1)
-        parts, part = _divided(p.batch * tiles * chunks, p.supports, c.block_s)
-        outputs = dict(result=result, log_sums=log_sums)
+        parts, part = _parts(p.batch * tiles * chunks, p.supports, c.block_s)
+        to, log_to = result, log_sums
         if parts > 1:
             # Many supports for few queries, the one case of two launches. Of labels, the log-sums of the parts are enough.
-            outputs = dict(result=p.empty(0) if p.labels else p.empty(parts, *shape), log_sums=p.empty(parts, *log_shape))
+            to, log_to = p.empty(0) if p.labels else p.empty(parts, *shape), p.empty(parts, *log_shape)
         device.launch(forward_kernel, p.batch * tiles * chunks * parts,
-                      {**p.tensors, **outputs, **p.strides, **p.sizes, "tiles": tiles, "chunks": chunks, "part": part, **p.options},
+                      {**p.tensors, "result": to, "log_sums": log_to, **p.numbers, "tiles": tiles, "chunks": chunks, "part": part,
+                       **p.options},
                       {**p.constants, "BLOCK_Q": c.block_q, "BLOCK_S": c.block_s, "BLOCK_D": c.block_d, "BLOCK_C": c.block_c},
                       c.num_warps, c.num_stages)
         if parts > 1:
             rows = p.batch * p.queries
             device.launch(merge_kernel, triton.cdiv(rows, 4),
-                          dict(parts_result=outputs["result"], parts_log_sums=outputs["log_sums"], result=result, log_sums=log_sums,
-                               rows=rows, C=p.columns, parts=parts),
+                          dict(parts_result=to, parts_log_sums=log_to, result=result, log_sums=log_sums, rows=rows, C=p.columns,
+                               parts=parts),
                           dict(LABELS=p.labels, BLOCK_Q=4, BLOCK_C=32), 4, 1)
 
-    run(p.configurations(False)[0])
+    run(_choose(False, p, run))
     return result, log_sums
 
 
 def _backward(p: _Problem, grad, needs, result, log_sums) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    c = p.configurations(True)[0]
-    block, width = c.block_q, c.width
-    needs_values = not p.labels and bool(needs & _NEEDS_VALUES)
-    query_tiles, support_tiles = triton.cdiv(p.queries, block), triton.cdiv(p.supports, block)
+    needs_query, needs_support, needs_values, needs_scales = (bool(needs >> k & 1) for k in range(4))
+    needs_values = needs_values and not p.labels
+    grad = _within_reach(grad)
 
-    def cut(needed, columns, others):
-        """``(chunks, span)``"""
-        if others <= block:
-            return int(needed), max(triton.cdiv(columns, width), 1) * width
-        return needed * max(triton.cdiv(columns, width), 1), width
+    def run(c: Configuration):
+        block, width = c.block_q, c.width
+        query_tiles, support_tiles = triton.cdiv(p.queries, block), triton.cdiv(p.supports, block)
 
-    query_chunks, query_span = cut(bool(needs & (_NEEDS_QUERY | _NEEDS_SCALES)), p.features if needs & _NEEDS_QUERY else 0, p.supports)
-    support_chunks, support_span = cut(bool(needs & _NEEDS_SUPPORT), p.features, p.queries)
-    value_chunks, value_span = cut(needs_values, p.columns, p.queries)
-    query_jobs, support_jobs = query_tiles * query_chunks, support_tiles * (support_chunks + value_chunks)
-    query_parts, _ = _divided(p.batch * query_jobs, p.supports, block)
-    support_parts, _ = _divided(p.batch * support_jobs, p.queries, block)
-    split = query_parts > 1 or support_parts > 1
+        def spans(needed: bool, columns: int, others: int) -> tuple[int, int]:
+            """``(spans, columns of a span)``; one even without columns, for the gradient of the scale."""
+            pieces = max(triton.cdiv(columns, width), 1)
+            return (int(needed), pieces * width) if others <= block else (needed * pieces, width)
 
-    def target(needed, parts, rows, columns):
-        """The gradient, and where the programs write theirs."""
-        to = p.empty(p.batch, rows, columns, dtype=p.dtype) if needed else p.empty(0, dtype=p.dtype)
-        copies = split and needed and (parts > 1 or p.dtype != p.accumulation)
-        return to, p.empty(parts, *to.shape) if copies else to if p.dtype == p.accumulation or not split else p.empty(0)
+        query_spans, query_span = spans(needs_query or needs_scales, p.features * needs_query, p.supports)
+        support_spans, support_span = spans(needs_support, p.features, p.queries)
+        values_spans, values_span = spans(needs_values, p.columns, p.queries)
+        query_jobs, support_jobs = query_tiles * query_spans, support_tiles * (support_spans + values_spans)
+        query_parts, _ = _parts(p.batch * query_jobs, p.supports, block)
+        support_parts, _ = _parts(p.batch * support_jobs, p.queries, block)
 
-    to_query, query_copies = target(needs & _NEEDS_QUERY, query_parts, p.queries, p.features)
-    to_support, support_copies = target(needs & _NEEDS_SUPPORT, support_parts, p.supports, p.features)
-    to_values, values_copies = target(needs_values, support_parts, p.supports, p.columns)
-    scale_parts = query_parts * query_tiles
-    to_scales = p.empty(p.batch) if needs & _NEEDS_SCALES else p.empty(0)
-    scales_copies = p.empty(p.batch, scale_parts) if needs & _NEEDS_SCALES else to_scales
+        def target(needed: bool, parts: int, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+            """The gradient and what the programs write: itself, or copies in the accumulation type, one for each part."""
+            to = p.empty(*((p.batch, rows, columns) if needed else (0,)), dtype=p.dtype)
+            if max(query_parts, support_parts) == 1 or parts == 1 and p.dtype == p.accumulation:
+                return to, to
+            return to, p.empty(*((parts, *to.shape) if needed else (0,)))
 
-    device.launch(
-        backward_kernel, p.batch * (query_jobs * query_parts + support_jobs * support_parts),
-        {"grad": grad, **p.tensors, "result": result, "log_sums": log_sums, "to_query": query_copies, "to_support": support_copies,
-         "to_values": values_copies, "to_scales": scales_copies,
-         **dict(zip(("grad_batch", "grad_row", "grad_column"), grad.stride())), **p.strides, **p.sizes, "query_tiles": query_tiles,
-         "query_chunks": query_chunks, "query_parts": query_parts, "query_span": query_span, "support_tiles": support_tiles,
-         "support_chunks": support_chunks, "support_parts": support_parts, "support_span": support_span, "value_chunks": value_chunks,
-         "value_span": value_span, **p.options, "needs": needs},
-        {**p.constants, "THIRD_ALIGNED": p.constants["THIRD_ALIGNED"] and _aligned(grad, result), "BLOCK": block, "BLOCK_D": c.block_d,
-         "BLOCK_C": c.block_c, "WIDTH": width, "SLICE": 8}, c.num_warps, c.num_stages)
-    targets = [(to_query, query_copies), (to_support, support_copies), (to_values, values_copies), (to_scales, scales_copies)]
-    counts = [0 if copies is to else to.numel() for to, copies in targets]
-    if any(counts):
+        targets = [target(needs_query, query_parts, p.queries, p.features), target(needs_support, support_parts, p.supports, p.features),
+                   target(needs_values, support_parts, p.supports, p.columns)]
+        scale_parts = query_parts * query_tiles
+        scales = p.empty(p.batch if needs_scales else 0)
+        targets.append((scales, p.empty(p.batch, scale_parts) if needs_scales else scales))
+
         names = ("query", "support", "values", "scales")
-        device.launch(add_kernel, sum(triton.cdiv(n, 256) for n in counts),
-                      {**{f"{name}_from": copies for name, (_, copies) in zip(names, targets)},
-                       **{f"to_{name}": to for name, (to, _) in zip(names, targets)},
-                       **dict(zip(("query_count", "support_count", "values_count", "scale_count"), counts)),
-                       "query_parts": query_parts, "support_parts": support_parts, "scale_parts": scale_parts}, dict(BLOCK=256), 4, 1)
-    return to_query, to_support, to_values, to_scales
+        device.launch(
+            backward_kernel, p.batch * (query_jobs * query_parts + support_jobs * support_parts),
+            {"grad": grad, **p.tensors, "result": result, "log_sums": log_sums,
+             **{f"to_{name}": copies for name, (_, copies) in zip(names, targets)}, **_strides("grad", grad), **p.numbers,
+             "query_tiles": query_tiles, "query_spans": query_spans, "query_parts": query_parts,
+             "query_span": query_span, "support_tiles": support_tiles, "support_spans": support_spans, "support_parts": support_parts,
+             "support_span": support_span, "values_spans": values_spans, "values_span": values_span, **p.options,
+             "needs_query": int(needs_query), "needs_scales": int(needs_scales)},
+            {**p.constants, "THIRD_ALIGNED": p.labels or p.constants["THIRD_ALIGNED"] and _aligned(grad, result), "BLOCK": block,
+             "BLOCK_D": c.block_d, "BLOCK_C": c.block_c, "WIDTH": width}, c.num_warps, c.num_stages)
+        counts = [0 if copies is to else to.numel() for to, copies in targets]
+        if any(counts):
+            device.launch(add_kernel, sum(triton.cdiv(n, 256) for n in counts),
+                          {**{f"{name}_parts": copies for name, (_, copies) in zip(names, targets)},
+                           **{f"to_{name}": to for name, (to, _) in zip(names, targets)},
+                           **{f"{name}_count": count for name, count in zip(names, counts)},
+                           "of_query": query_parts, "of_support": support_parts, "of_scales": scale_parts}, dict(BLOCK=256), 4, 1)
+        return tuple(to for to, _ in targets)
+
+    return run(_choose(True, p, run))
 
 
 def cosine_attention(query, support, values, support_mask, scales, scale, normalize, eps_mode, eps):

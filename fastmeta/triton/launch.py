@@ -1,6 +1,7 @@
 """The one place where kernels start and device memory is allocated.
 
-The tests replace both functions: ``launch`` by a machine that executes the compiled kernel, ``empty`` by memory that knows what was written.
+The tests replace both functions: ``launch`` by a machine that executes the compiled kernel, ``empty`` by memory that knows what was
+written.
 """
 
 import torch
