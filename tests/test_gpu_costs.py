@@ -47,8 +47,10 @@ MISSED = {
     **{("test_occupancy_of_sm_90[cuda-cosine_attention", f"-{shape}x64x5-"):
         "19%: all of an episode, supports, queries, values and gradients, is in shared memory, so that one launch touches each byte once"
         for shape in ("1x75x5", "1x75x25", "32x75x25")},
-    ("test_sectors[forward-triton-matching_log_probs-32x75x25x64x5",): "1.11x: each layout of a tile reads the labels, int64, for itself",
-    ("test_spills[triton",): "up to 40 bytes of a thread, of labels in chunks of 64 classes 220: 255 registers, or 128 for two programs on a processor, are not enough",
+    **{(f"test_sectors[{call}-",): "1.11x: each layout of a tile reads labels, gradients and log-sums, short rows, for itself"
+       for call in ("forward-triton-matching_log_probs-32x75x25x64x5", "backward-triton-matching_log_probs-32x75x25x64x5",
+                    "backward-triton-cosine_attention-1x75x5x64x5", "backward-triton-cosine_attention-32x75x25x64x5")},
+    ("test_spills[triton", "16x300x100x512x20-float32-90"): "some bytes: 20 columns are a chunk of 64",
     ("test_occupancy_of_sm_90[triton",): "12%: more than 128 registers at 256 threads",
 }
 
