@@ -168,6 +168,9 @@ class Cuda:
     def allocated(self, address, size):
         pass
 
+    def computed(self, address, size):
+        pass
+
     def launch(self, kernel, grid, block, shared, parameters):
         def resources(architecture):
             return Resources(architecture, block[0], shared + kernel.static_shared, *self.kernels(architecture)[kernel.name])
@@ -178,8 +181,8 @@ class Cuda:
     @functools.cache
     def kernels(architecture: int) -> dict[str, tuple[int, int]]:
         """``{name: (registers, bytes of spills)}`` of every kernel there is."""
-        source = emulation.ROOT / "csrc" / "cuda" / "cosine_attention.cu"
-        return ptxas(emulation.compile_cuda(source.read_text(), "80"), Cuda.assembler(architecture))
+        return {name: found for source in emulation.CUDA_SOURCES
+                for name, found in ptxas(emulation.compile_cuda(source.read_text()), Cuda.assembler(architecture)).items()}
 
     @staticmethod
     def assembler(architecture: int) -> tuple[str, ...]:

@@ -36,10 +36,10 @@ class Launch(NamedTuple):
 
 
 class Call:
-    """One call of an operation: its memory, and its launches in order."""
+    """One call of an operation: its memory, its launches in order, and how many kernels of PyTorch's it has run beside."""
 
     def __init__(self, arguments, seed: int):
-        self.memory, self.seed, self.launches, self.error = ptx.Memory(), seed, [], None
+        self.memory, self.seed, self.launches, self.computations = ptx.Memory(), seed, [], 0
         for i, t in enumerate(arguments):
             if isinstance(t, torch.Tensor):
                 self.memory.add(t, writable=False, name=f"argument {i}")
@@ -48,6 +48,10 @@ class Call:
         if size:
             ctypes.memset(address, POISON, size)
             self.memory.allocate(address, size, name=f"result {len(self.launches)}.{address:x}")
+
+    def computed(self, address: int, size: int) -> None:
+        self.computations += 1
+        self.memory.allocate(address, size, name=f"computed {self.computations}.{address:x}", initialised=True)
 
     def launch(self, kernel: ptx.Kernel, grid, block, shared: int, parameters) -> None:
         report = ptx.launch(kernel, grid, block, parameters, self.memory, dynamic_shared=shared, seed=self.seed)
@@ -94,11 +98,18 @@ def cuda_module():
     return _backend._C_cuda or _backend._load("_C_cuda")[0]  # it loads without CUDA in torch, too
 
 
+CUDA_SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+
+
 @functools.cache
-def cuda_ptx(source: str = "cosine_attention.cu", architecture: str = "80") -> ptx.Module:
-    """The PTX of a file of csrc/cuda, or of another path."""
-    path = ROOT / "csrc" / "cuda" / source
-    return ptx.Module(compile_cuda(path.read_text(), architecture))
+def cuda_ptx(source: Path) -> ptx.Module:
+    return ptx.Module(compile_cuda(source.read_text()))
+
+
+def cuda_kernel(name: str) -> ptx.Kernel:
+    """A kernel of csrc/cuda. The file that bears its operation's name is looked at first: they take a while to compile."""
+    likely_first = sorted(CUDA_SOURCES, key=lambda path: not name.startswith(path.stem))
+    return next(kernels[name] for path in likely_first if name in (kernels := cuda_ptx(path).kernels))
 
 
 def compile_cuda(text: str, architecture: str = "80") -> str:
@@ -119,21 +130,21 @@ def compile_cuda(text: str, architecture: str = "80") -> str:
 
 
 class CudaEmulator(Emulator):
-    def __init__(self, seed: int = 0, module: ptx.Module | None = None):
+    def __init__(self, seed: int = 0, kernel: Callable[[str], ptx.Kernel] = cuda_kernel):
         super().__init__(seed)
-        self.module = module or cuda_ptx()
+        self.kernel = kernel
 
     def run(self, call: Call, name: str, arguments):
         errors = []
 
         def launch(kernel, grid, block, shared, parameters):
             try:
-                call.launch(self.module.kernels[kernel], grid, block, shared, parameters)
+                call.launch(self.kernel(kernel), grid, block, shared, parameters)
             except BaseException as error:  # what passes through C++ is not the same afterwards
                 errors.append(error)
                 raise
 
-        cuda_module().set_machine(call.allocated, launch)
+        cuda_module().set_machine(call.allocated, call.computed, launch)
         try:
             key = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
             return getattr(torch.ops.fastmeta, name).default.redispatch(key, *arguments)
@@ -142,7 +153,7 @@ class CudaEmulator(Emulator):
                 raise errors[0] from None
             raise
         finally:
-            cuda_module().set_machine(None, None)
+            cuda_module().set_machine(None, None, None)
 
 
 # ---- Triton ----------------------------------------------------------------------------------------------------------------------------
@@ -244,10 +255,10 @@ class CompilingEmulator(TritonEmulator):
 
 
 @contextlib.contextmanager
-def emulated(backend: str, emulator: Callable, operations=("cosine_attention", "matching_log_probs")):
-    """Inside, ``backend`` runs on the CPU, by way of ``emulator``."""
+def emulated(backend: str, emulator: Callable):
+    """Inside, what ``backend`` has for CUDA tensors runs on those of the CPU, by way of ``emulator``."""
     library = torch.library.Library(_backend.NAMESPACES[backend], "IMPL")
-    for operation in operations:
+    for operation in _backend._kernels[backend, "cuda"]:
         for name in (operation, operation + "_backward"):
             library.impl(name, functools.partial(emulator, name), "CPU", allow_override=True)
     names = [operation.name for operation in schemas.OPERATIONS]

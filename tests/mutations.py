@@ -190,7 +190,7 @@ def cuda_kernels(source: str):
     @contextlib.contextmanager
     def kernels(fault: Fault | None):
         chosen.view(np.int32)[0] = CUDA.index(fault) + 1 if fault else 0
-        yield lambda seed: emulation.CudaEmulator(seed, module)
+        yield lambda seed: emulation.CudaEmulator(seed, module.kernels.__getitem__)
     return kernels
 
 

@@ -11,13 +11,11 @@
 #include <limits>
 #include <utility>
 
+#include "common/lrua_memory.h"
 #include "cpu/simd.h"
 #include "cpu/tensor.h"
 
 namespace fastmeta {
-
-// The positions in fastmeta.reference.lrua_memory.LEAST_USED.
-enum LeastUsed : int64_t { kPerHead, kShared };
 
 template <typename T> struct Lrua {
   int64_t slots, width, heads;  // N, M, R
@@ -186,12 +184,6 @@ template <typename T> FASTMETA_INLINE void write(const Lrua<T>& p, const T* weig
   add_outer(p, p.heads, add, weights, memory);
 }
 
-// Usual sizes of squares: neither they nor their products leave the range of normal numbers.
-template <typename T> FASTMETA_INLINE bool usual(T square) {
-  constexpr T kSmall = sizeof(T) == 4 ? T(1e-18) : T(1e-150), kLarge = sizeof(T) == 4 ? T(1e12) : T(1e100);
-  return square == 0 || (square > kSmall && square < kLarge);
-}
-
 // Rows m = t m' and keys k = s k', whose largest element is 1.
 template <typename T> FASTMETA_INLINE void scale_by_largest(const Lrua<T>& p, const T* memory, const T* keys, Scratch<T>& to) {
   constexpr T kSmallest = std::numeric_limits<T>::min();
@@ -234,7 +226,7 @@ template <typename T> struct Factors {
 template <typename T> FASTMETA_INLINE Factors<T> cosines(const Lrua<T>& p, const T* memory, const T* keys, Scratch<T>& to) {
   constexpr int L = kLanes<T>;
   squares_of(p, memory, keys, to);
-  bool all_usual = p.eps > T(1e-9);
+  bool all_usual = p.eps > kSmallEps<T>;
   for (int64_t n = 0; n < p.padded; ++n) all_usual &= usual(to.squares[n]);
   for (int64_t j = 0; j < p.heads; ++j) all_usual &= usual(to.key_squares[j]);
   if (all_usual) {

@@ -8,7 +8,7 @@
 //
 // For the backward each step leaves a line on the tape (what entered the controller, gates, cell, heads, read weights) and its least used
 // slots. The memory itself would be N M numbers a step: it is kept every kSegment steps, and the writes in between are done again,
-// to the same bits. Taking them back instead would lose what rounding lost: slots begin at 1e-6 and get writes of size 1.
+// to the same bits.
 //
 // Nothing of a row depends on how rows are grouped: the bits of the forward do not depend on the number of threads, nor, but for the
 // library's products, do those of the backward.
@@ -25,8 +25,6 @@
 
 namespace fastmeta {
 namespace {
-
-constexpr int64_t kSegment = 8;
 
 template <typename T> struct Episode {
   Lrua<T> lrua;

@@ -7,8 +7,6 @@
 
 #include <algorithm>
 #include <limits>
-#include <stdexcept>
-#include <string>
 #include <tuple>
 
 #include "cuda/launch.h"
@@ -62,12 +60,6 @@ Element element(const Tensor& t) {
   }
 }
 
-int32_t small(int64_t size) {
-  if (size > std::numeric_limits<int32_t>::max() / 2)
-    throw std::runtime_error("fastmeta: on a GPU a dimension must be less than 2^30, got " + std::to_string(size));
-  return static_cast<int32_t>(size);
-}
-
 template <typename T> void describe(const Arguments& a, Attention<T>& p) {
   p.batch = small(a.query.size(0)), p.queries = small(a.query.size(1)), p.supports = small(a.support.size(1)), p.features = small(a.query.size(2));
   p.columns = small(a.columns), p.normalize = int32_t(a.normalize), p.eps_mode = int32_t(a.eps_mode), p.element = element(a.query);
@@ -75,8 +67,6 @@ template <typename T> void describe(const Arguments& a, Attention<T>& p) {
   p.scales = a.scales ? static_cast<const T*>(a.scales->const_data_ptr()) : nullptr, p.scales_stride = a.scales ? a.scales->stride(0) : 0;
   p.scale = T(a.scale), p.eps = std::max(T(a.eps), std::numeric_limits<T>::min());
 }
-
-template <typename T> T* data(const Tensor& t) { return t.numel() ? static_cast<T*>(t.mutable_data_ptr()) : nullptr; }
 
 // Bytes of shared memory of an episode that is one block's alone; 0 where it is to be cut into tiles.
 template <template <typename, bool> class Memory, bool kValues, typename T> int64_t episode_shared(const Attention<T>& p, const Device& device) {
@@ -154,7 +144,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Arguments& a, const Te
   const Device device(a.query);
   Backward<T> p{};
   describe(a, p);
-  const Tensor contiguous_sums = as_contiguous(log_sums);
+  const Tensor contiguous_sums = device.contiguous(log_sums);
   p.grad = view(grad), p.result = view(result), p.log_sums = data<T>(contiguous_sums);
   const bool needs_query = needs & kNeedsQuery, needs_support = needs & kNeedsSupport, needs_scales = a.scales && needs & kNeedsScales;
   const bool needs_values = kValues && needs & kNeedsValues;

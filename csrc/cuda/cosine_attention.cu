@@ -23,20 +23,6 @@
 namespace fastmeta {
 namespace {
 
-constexpr unsigned kAllLanes = 0xffffffffu;
-
-__device__ __forceinline__ int lane() { return threadIdx.x % 32; }
-__device__ __forceinline__ int warp() { return threadIdx.x / 32; }
-template <typename T> __device__ __forceinline__ T infinity() { return T(INFINITY); }
-
-template <typename T> __device__ __forceinline__ T warp_sum(T x) {
-  for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(kAllLanes, x, distance);
-  return x;
-}
-
-// exp(x - shift), where nothing was summed yet 0: both are then -infinity.
-template <typename T> __device__ __forceinline__ T exp_about(T x, T shift) { return x == shift ? T(1) : exp(x - shift); }
-
 // ---- numbers in memory -----------------------------------------------------------------------------------------------------------------
 
 template <typename T> struct alignas(16) Vector {
@@ -102,8 +88,6 @@ template <typename T> __device__ __forceinline__ void store(void* data, int64_t 
 constexpr int kAbsent = -1;    // no row: past the end, or padding
 constexpr int kBadLabel = -2;  // a support with a label out of range: its scores are NaN, and so is all that they enter
 
-extern __shared__ __align__(16) unsigned char shared_memory[];
-
 // Rows of episode b of a tensor, by index.
 template <typename T> struct Source {
   const void* data;
@@ -156,12 +140,6 @@ template <typename T> __device__ __forceinline__ bool out_of_range(T squares, T 
   constexpr T kTiny = kSmallestNorm<T>;
   return squares == squares && !(squares > kTiny * kTiny && squares < T(1) / (kTiny * kTiny)) && largest > T(0) &&
          largest <= std::numeric_limits<T>::max();
-}
-
-// The power of two that brings a number near 1.
-template <typename T> __device__ __forceinline__ T power_near(T largest) {
-  constexpr int kMost = std::numeric_limits<T>::max_exponent - 2;
-  return scalbn(T(1), -max(-kMost, min(kMost, ilogb(largest))));
 }
 
 template <typename T> __device__ __forceinline__ void finish_row(const Attention<T>& p, bool divided, T squares, const Rows<T>& rows, int row) {

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "common/cosine.h"
+#include "cuda/kernel.h"
 
 namespace fastmeta {
 
@@ -91,22 +92,6 @@ template <typename T> struct Reduce {
 };
 
 // ---- shared memory: one description for the host, which asks for it, and the device, which uses it ------------------------------------------
-
-// Hands out memory from the front.
-class Arena {
- public:
-  FASTMETA_EVERYWHERE explicit Arena(unsigned char* memory = nullptr) : memory_(memory) {}
-  template <typename X> FASTMETA_EVERYWHERE X* take(int64_t count) {
-    X* at = reinterpret_cast<X*>(memory_ + used_);
-    used_ += (count * int64_t(sizeof(X)) + 15) / 16 * 16;
-    return at;
-  }
-  FASTMETA_EVERYWHERE int64_t used() const { return used_; }
-
- private:
-  unsigned char* memory_;
-  int64_t used_ = 0;
-};
 
 // What is known of the rows of a tile. `unit` is what turns a staged row into one of norm 1 at most, x^, and `inverse` 1 / a' for the row as it
 // came; the names are those of csrc/cpu/cosine_attention.cpp.

@@ -24,6 +24,12 @@ int attribute(cudaDeviceAttr which, int device) {
 
 Machine* machine = nullptr;
 
+int32_t small(int64_t size) {
+  if (size > std::numeric_limits<int32_t>::max() / 2)
+    throw std::runtime_error("fastmeta: on a GPU a dimension must be less than 2^30, got " + std::to_string(size));
+  return static_cast<int32_t>(size);
+}
+
 Device::Device(const Tensor& t) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &type_));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(t.get(), &index_));
@@ -42,6 +48,19 @@ Tensor Device::empty(const std::vector<int64_t>& sizes, ScalarType dtype) const 
   Tensor t = fastmeta::empty(sizes, dtype, type_, index_);
   if (machine) machine->allocated(t.const_data_ptr(), t.numel() * t.element_size());
   return t;
+}
+
+Tensor Device::contiguous(const Tensor& t) const {
+  if (t.is_contiguous()) return t;
+  Tensor copy = torch::stable::contiguous(t);
+  if (machine) machine->computed(copy.const_data_ptr(), copy.numel() * copy.element_size());
+  return copy;
+}
+
+Tensor Device::product(const Tensor& a, const Tensor& b) const {
+  Tensor result = torch::stable::matmul(a, b);
+  if (machine) machine->computed(result.const_data_ptr(), result.numel() * result.element_size());
+  return result;
 }
 
 int64_t Device::shared_limit() const {

@@ -23,9 +23,16 @@ class Machine {
  public:
   virtual ~Machine() = default;
   virtual void allocated(const void* data, int64_t bytes) = 0;
+  virtual void computed(const void* data, int64_t bytes) = 0;  // by a kernel of PyTorch's
   virtual void launch(const Kernel& kernel, dim3 grid, dim3 block, int64_t shared, const void* parameters, int64_t bytes) = 0;
 };
 extern Machine* machine;
+
+// Where the numbers of a tensor begin; null where it has none.
+template <typename T> T* data(const Tensor& t) { return t.numel() ? static_cast<T*>(t.mutable_data_ptr()) : nullptr; }
+
+// A size as the kernels have it.
+int32_t small(int64_t size);
 
 // The device of the tensors of a call, current as long as this lives.
 class Device {
@@ -37,6 +44,10 @@ class Device {
 
   // An uninitialised contiguous tensor on the device.
   Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) const;
+  // A tensor itself, or a copy that is contiguous.
+  Tensor contiguous(const Tensor& t) const;
+  // The library's product of two matrices.
+  Tensor product(const Tensor& a, const Tensor& b) const;
   // Bytes of shared memory that a block can have.
   int64_t shared_limit() const;
   // Whether its tensor cores take tf32.

@@ -13,7 +13,7 @@ from ..reference.cosine_attention import EPS_MODES
 from ..reference.lrua_memory import LEAST_USED
 from .operation import Operation
 
-CHECKPOINT_EVERY = 8  # kSegment of csrc/cpu/mann_episode.cpp
+CHECKPOINT_EVERY = 8  # kSegment of csrc/common/lrua_memory.h
 
 
 def _by_reference(inputs, weight, bias, head_weight, head_bias, hidden, cell, read, read_weights, usage, memory, lengths, own_add,

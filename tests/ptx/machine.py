@@ -162,10 +162,10 @@ class Memory:
         view = np.lib.stride_tricks.as_strided(state[start:], (*shape, item), (*strides, 1))
         view |= MEMBER | (INITIALISED if initialised else 0) | (WRITABLE if writable else 0)
 
-    def allocate(self, pointer, bytes, name=None):
-        """Registers ``bytes`` bytes at an address, not initialised."""
+    def allocate(self, pointer, bytes, name=None, initialised=False):
+        """Registers ``bytes`` bytes at an address."""
         if bytes:
-            self._state(pointer, bytes, name, None)[:] |= MEMBER | WRITABLE
+            self._state(pointer, bytes, name, None)[:] |= MEMBER | WRITABLE | (INITIALISED if initialised else 0)
 
     def _state(self, base, size, name, keep):
         if base not in self._buffers:
