@@ -11,6 +11,8 @@ from torch.testing import assert_close
 from fastmeta import functional, nn, reference
 from fastmeta.functional import lrua_step, lrua_write, memory_read
 
+HAS_GPU_KERNELS = True
+
 
 def tensor(*rows):
     """One episode of float64."""

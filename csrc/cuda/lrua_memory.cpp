@@ -67,7 +67,7 @@ template <typename T> Results forward(const Arguments& a) {
   Results out{make(reads, {batch, heads, width}), make(writes, {batch, slots, width}), make(reads && writes, {batch, slots}),
                  make(reads, {batch, heads, slots}), make(writes && !reads, {batch, heads, slots})};
   p.read = data<T>(out.read), p.to_memory = data<T>(out.memory), p.to_usage = data<T>(out.usage), p.to_weights = data<T>(out.weights);
-  p.written = data<T>(out.written);
+  p.to_written = data<T>(out.written);
   launch_rows<LruaForwardMemory<T>>(a.device, [](bool large) { return kernels_for<T>(large).forward; }, p, p.lrua, batch);
   return out;
 }

@@ -28,6 +28,8 @@ template <typename T> __device__ __forceinline__ void load_step(const LruaStep<T
     copy(p.gate + b * lrua.heads, lrua.heads, to.gate);
     __syncthreads();
     if (warp() == 0) choose_least_used(lrua, to.usage, to.chosen);
+    __syncthreads();
+    write_weights(lrua, to.before, lrua.padded(), to.gate, to.chosen, to.written);
   }
 }
 
@@ -42,16 +44,14 @@ template <bool kOnChip, typename T> __device__ __forceinline__ void step_forward
   __syncthreads();
   const bool before = p.keys && (lrua.read_before_write || !p.gate);
   if (before) score(lrua, row.memory, row.keys, strengths, row.weights, row.sums);
-  if (p.gate) write(lrua, row.before, row.gate, row.add, row.chosen, row.memory);
+  if (p.gate) write(lrua, row.written, row.add, row.chosen, row.memory);
   if (p.keys && !before) score(lrua, row.memory, row.keys, strengths, row.weights, row.sums);
   __syncthreads();
   if (p.gate) store_memory(lrua, row.memory, p.to_memory + memory_at);
-  if (p.written)
-    for (int i = threadIdx.x; i < lrua.heads * lrua.slots; i += kRowThreads)
-      p.written[weights_at + i] = write_weight(lrua, row.before, row.gate, row.chosen, i / lrua.slots, i % lrua.slots);
+  if (p.to_written) store_weights(lrua, row.written, p.to_written + weights_at);
   if (!p.keys) return;
   normalise(lrua, row.sums, row.weights);
-  if (p.to_usage) update_usage(lrua, row.weights, row.before, row.gate, row.chosen, row.usage, p.to_usage + b * lrua.slots);
+  if (p.to_usage) update_usage(lrua, row.weights, row.written, row.usage, p.to_usage + b * lrua.slots);
   __syncthreads();
   store_weights(lrua, row.weights, p.to_weights + weights_at);
   read(lrua, row.memory, row.weights, [&](int j, int m, T x) { p.read[b * lrua.reads() + j * lrua.width + m] = x; });
@@ -96,8 +96,8 @@ template <bool kReads, bool kWrites, bool kOnChip, typename T> __device__ __forc
     write_backward(lrua, given.before, given.gate, given.add, given.chosen, row.of_memory, p.grad_written ? p.grad_written + weights_at : nullptr,
                    row.of_weights, given.sums);
   __syncthreads();
-  rows_backward<kReads, kWrites>(lrua, given.memory, given.keys, row.addressed, given.before, given.gate, given.chosen, after, row.of_memory,
-                                 given.sums, [&](int j, int m, T by_key, T by_add) {
+  rows_backward<kReads, kWrites>(lrua, given.memory, given.keys, row.addressed, given.written, given.chosen, after, row.of_memory, given.sums,
+                                 [&](int j, int m, T by_key, T by_add) {
                                    const int64_t at = b * lrua.reads() + j * lrua.width + m;
                                    if (kReads && p.of_keys) p.of_keys[at] = by_key;
                                    if (kWrites && p.of_add) p.of_add[at] = by_add;

@@ -58,7 +58,7 @@ template <typename T> struct LruaStep {
 };
 
 template <typename T> struct LruaForward : LruaStep<T> {
-  T *read, *to_memory, *to_usage, *to_weights, *written;
+  T *read, *to_memory, *to_usage, *to_weights, *to_written;
 };
 
 template <typename T> struct LruaBackward : LruaStep<T> {
@@ -68,12 +68,12 @@ template <typename T> struct LruaBackward : LruaStep<T> {
 };
 
 template <typename T> struct LruaForwardMemory {
-  T *memory, *usage, *before, *weights, *keys, *add, *gate, *strengths;
+  T *memory, *usage, *before, *written, *weights, *keys, *add, *gate, *strengths;
   int* chosen;
   Sums<T> sums;
   FASTMETA_EVERYWHERE LruaForwardMemory(Arena& arena, const Lrua<T>& p)
       : memory(arena.take<T>(p.memory_size())), usage(arena.take<T>(p.slots)), before(arena.take<T>(p.weights_size())),
-        weights(arena.take<T>(p.weights_size())), keys(arena.take<T>(p.reads())), add(arena.take<T>(p.reads())), gate(arena.take<T>(p.heads)),
+        written(arena.take<T>(p.weights_size())), weights(arena.take<T>(p.weights_size())), keys(arena.take<T>(p.reads())), add(arena.take<T>(p.reads())), gate(arena.take<T>(p.heads)),
         strengths(arena.take<T>(p.heads)), chosen(arena.take<int>(p.heads)), sums(arena, p) {}
 };
 
@@ -221,30 +221,52 @@ template <typename T> __device__ __forceinline__ bool is_least_used(const Lrua<T
   return any;
 }
 
-// ww of a head and slot: s wr_{t-1} + (1 - s) wlu
+// ww = s wr_{t-1} + (1 - s) wlu, from rows of wr `stride` apart. Over slots.
 template <typename T>
-__device__ __forceinline__ T write_weight(const Lrua<T>& p, const T* before, const T* gate, const int* chosen, int j, int n) {
-  const T x = gate[j] * before[j * p.padded() + n];
-  return is_least_used(p, chosen, j, n) ? x + (1 - gate[j]) : x;
+__device__ __forceinline__ void write_weights(const Lrua<T>& p, const T* before, int stride, const T* gate, const int* chosen, T* to) {
+  over_heads(p, [&](int j, int count) {
+    if (part() >= count) return;
+    const int head = j + part();
+    const T s = gate[head];
+    over_slots(p, [&](int n, bool real) {
+      if (!real) return;
+      const T x = s * before[head * stride + n];
+      to[head * p.padded() + n] = is_least_used(p, chosen, head, n) ? x + (1 - s) : x;
+    });
+  });
+  __syncwarp();  // the weights of a slot are its parts'
 }
 
+// The numbers of heads j to j + count at slot n, 0 for more of them.
+template <typename T> __device__ __forceinline__ void at_slot(const Lrua<T>& p, const T* weights, int j, int count, int n, T (&to)[kParts]) {
+#pragma unroll
+  for (int u = 0; u < kParts; ++u) to[u] = u < count ? weights[(j + u) * p.padded() + n] : T(0);
+}
+
+// Their vectors [R][M]; for more of them the last one's, so that a loop over numbers needs no condition.
+template <typename T> struct Vectors {
+  const T* row[kParts];
+  __device__ __forceinline__ Vectors(const Lrua<T>& p, const T* vectors, int j, int count) {
+#pragma unroll
+    for (int u = 0; u < kParts; ++u) row[u] = vectors + (j + min(u, count - 1)) * p.width;
+  }
+};
+
 // M_t from M_{t-1}, in place. Over slots.
-template <typename T>
-__device__ __forceinline__ void write(const Lrua<T>& p, const T* before, const T* gate, const T* add, const int* chosen, T* memory) {
+template <typename T> __device__ __forceinline__ void write(const Lrua<T>& p, const T* written, const T* add, const int* chosen, T* memory) {
   over_slots(p, [&](int n, bool real) {
     if (!real) return;
     over_heads(p, [&](int j, int count) {
       T weights[kParts];
-#pragma unroll
-      for (int u = 0; u < kParts; ++u) weights[u] = u < count ? write_weight(p, before, gate, chosen, j + u, n) : T(0);
+      at_slot(p, written, j, count, n, weights);
+      const Vectors<T> a(p, add, j, count);
       const bool erased = j == 0 && n == chosen[0];
 #pragma unroll 2
       for (int m = part(); m < p.width; m += kParts) {
         T& at = memory[m * p.padded() + n];
         T x = erased ? T(0) : at;
 #pragma unroll
-        for (int u = 0; u < kParts; ++u)
-          if (u < count) x += add[(j + u) * p.width + m] * weights[u];
+        for (int u = 0; u < kParts; ++u) x += a.row[u][m] * weights[u];
         at = x;
       }
     });
@@ -265,6 +287,7 @@ __device__ __forceinline__ Cosine<T> cosine(const Lrua<T>& p, const T* memory, c
   for (int u = 0; u < kParts; ++u) key_scales[u] = 1;
   const int own = j + min(part(), count - 1);
   T own_scale = 1;
+  const Vectors<T> k(p, keys, j, count);
   auto number = [&](int m) { return real ? memory[m * p.padded() + n] : T(0); };
   auto products = [&] {
     square = 0;
@@ -275,11 +298,10 @@ __device__ __forceinline__ Cosine<T> cosine(const Lrua<T>& p, const T* memory, c
       const T x = number(m) * scale;
       square += x * x;
 #pragma unroll
-      for (int u = 0; u < kParts; ++u)
-        if (u < count) {
-          const T k = keys[(j + u) * p.width + m] * key_scales[u];
-          dots[u] += k * x, key_squares[u] += k * k;
-        }
+      for (int u = 0; u < kParts; ++u) {
+        const T y = k.row[u][m] * key_scales[u];
+        dots[u] += y * x, key_squares[u] += y * y;
+      }
     }
     square = sum_parts(square), dot = sum_parts(dots), key_square = sum_parts(key_squares);
   };
@@ -362,13 +384,13 @@ template <typename T> __device__ __forceinline__ void normalise(const Lrua<T>& p
 
 // wu_t from wu_{t-1}. Over slots.
 template <typename T>
-__device__ __forceinline__ void update_usage(const Lrua<T>& p, const T* weights, const T* before, const T* gate, const int* chosen, const T* usage, T* to) {
+__device__ __forceinline__ void update_usage(const Lrua<T>& p, const T* weights, const T* written, const T* usage, T* to) {
   __syncwarp();  // the weights of a slot are its parts'
   over_slots(p, [&](int n, bool real) {
     if (!real || part() != 0) return;
     T sum = p.usage_decay * usage[n];
     for (int j = 0; j < p.heads; ++j) sum += weights[j * p.padded() + n];
-    for (int j = 0; j < p.heads; ++j) sum += write_weight(p, before, gate, chosen, j, n);
+    for (int j = 0; j < p.heads; ++j) sum += written[j * p.padded() + n];
     to[n] = sum;
   });
 }
@@ -378,12 +400,12 @@ template <typename T, typename Store> __device__ __forceinline__ void read(const
   for (int m = warp(); m < p.width; m += kRowWarps)
     over_heads(p, [&](int j, int count) {
       T sums[kParts] = {};
+      const int last = j + count - 1;
 #pragma unroll 2
       for (int n = lane(); n < p.slots; n += 32) {
         const T x = memory[m * p.padded() + n];
 #pragma unroll
-        for (int u = 0; u < kParts; ++u)
-          if (u < count) sums[u] += weights[(j + u) * p.padded() + n] * x;
+        for (int u = 0; u < kParts; ++u) sums[u] += weights[min(j + u, last) * p.padded() + n] * x;
       }
       const T sum = sum_each(sums);
       if (lane() % kWarpSlots == 0 && part() < count) store(j + part(), m, sum);
@@ -392,23 +414,28 @@ template <typename T, typename Store> __device__ __forceinline__ void read(const
 
 // ---- backward ------------------------------------------------------------------------------------------------------------------------------
 
+// The products of the rows of a slot with vectors, for each part that of its head. The whole warp.
+template <typename T> __device__ __forceinline__ T dots_with(const Lrua<T>& p, const T* memory, const Vectors<T>& vectors, int n, bool real) {
+  T dots[kParts] = {};
+  if (real)
+#pragma unroll 2
+    for (int m = part(); m < p.width; m += kParts) {
+      const T x = memory[m * p.padded() + n];
+#pragma unroll
+      for (int u = 0; u < kParts; ++u) dots[u] += vectors.row[u][m] * x;
+    }
+  return sum_parts(dots);
+}
+
 // of_weights += the gradient by wr of r = wr M; sums.first: sum_n wr of_weights. Over slots.
 template <typename T>
 __device__ __forceinline__ void read_backward(const Lrua<T>& p, const T* memory, const T* weights, const T* of_read, T* of_weights, const Sums<T>& sums) {
   over_heads(p, [&](int j, int count) {
     const int head = j + part();
+    const Vectors<T> grads(p, of_read, j, count);
     T mean = 0;
     over_slots(p, [&](int n, bool real) {
-      T dots[kParts] = {};
-      if (real)
-#pragma unroll 2
-        for (int m = part(); m < p.width; m += kParts) {
-          const T x = memory[m * p.padded() + n];
-#pragma unroll
-          for (int u = 0; u < kParts; ++u)
-            if (u < count) dots[u] += of_read[(j + u) * p.width + m] * x;
-        }
-      const T dot = sum_parts(dots);
+      const T dot = dots_with(p, memory, grads, n, real);
       if (!real || part() >= count) return;
       T& grad = of_weights[head * p.padded() + n];
       grad += dot;
@@ -477,16 +504,24 @@ __device__ __forceinline__ void address_backward(const Lrua<T>& p, const T* stre
   __syncwarp();  // the flow of a slot is its parts'
 }
 
-// The gradient by a number of the memory of c(k^j, M(n)), for heads j to j + count.
-template <typename T>
-__device__ __forceinline__ T addressed_gradient(const Lrua<T>& p, T memory, const T* keys, const Addressed<T>& a, int j, int count, int m, int n) {
-  const T scale = a.scales[n];
-  T sum = j == 0 ? -(a.radial[n] * scale) * (memory * scale) : T(0);
+// The gradient by the row of a slot of its cosines with heads j to j + count, number by number.
+template <typename T> struct SlotGradient {
+  T flow[kParts], key_scales[kParts], radial, scale;
+  Vectors<T> keys;
+  __device__ __forceinline__ SlotGradient(const Lrua<T>& p, const T* keys, const Addressed<T>& a, int j, int count, int n)
+      : scale(a.scales[n]), keys(p, keys, j, count) {
+    at_slot(p, a.flow, j, count, n, flow);
 #pragma unroll
-  for (int u = 0; u < kParts; ++u)
-    if (u < count) sum += (a.flow[(j + u) * p.padded() + n] * scale) * (keys[(j + u) * p.width + m] * a.key_scales[j + u]);
-  return sum;
-}
+    for (int u = 0; u < kParts; ++u) flow[u] *= scale, key_scales[u] = a.key_scales[j + min(u, count - 1)];
+    radial = j == 0 ? a.radial[n] * scale : T(0);
+  }
+  __device__ __forceinline__ T at(int m, T number) const {
+    T sum = -radial * (number * scale);
+#pragma unroll
+    for (int u = 0; u < kParts; ++u) sum += flow[u] * (keys.row[u][m] * key_scales[u]);
+    return sum;
+  }
+};
 
 // of_memory += the gradient by M_t of r = wr M, and with kAddressed of the cosines. Over slots.
 template <bool kAddressed, typename T>
@@ -496,16 +531,16 @@ __device__ __forceinline__ void memory_backward(const Lrua<T>& p, const T* memor
     if (!real) return;
     over_heads(p, [&](int j, int count) {
       T w[kParts];
-#pragma unroll
-      for (int u = 0; u < kParts; ++u) w[u] = u < count ? weights[(j + u) * p.padded() + n] : T(0);
+      at_slot(p, weights, j, count, n, w);
+      const Vectors<T> grads(p, of_read, j, count);
+      const SlotGradient<T> by_cosines(p, keys, a, j, count, n);
 #pragma unroll 2
       for (int m = part(); m < p.width; m += kParts) {
         T& at = of_memory[m * p.padded() + n];
         T sum = at;
 #pragma unroll
-        for (int u = 0; u < kParts; ++u)
-          if (u < count) sum += of_read[(j + u) * p.width + m] * w[u];
-        if constexpr (kAddressed) sum += addressed_gradient(p, memory[m * p.padded() + n], keys, a, j, count, m, n);
+        for (int u = 0; u < kParts; ++u) sum += grads.row[u][m] * w[u];
+        if constexpr (kAddressed) sum += by_cosines.at(m, memory[m * p.padded() + n]);
         at = sum;
       }
     });
@@ -519,18 +554,10 @@ __device__ __forceinline__ void write_backward(const Lrua<T>& p, const T* before
                                                const T* of_written, T* of_before, const Sums<T>& sums) {
   over_heads(p, [&](int j, int count) {
     const int head = j + part();
+    const Vectors<T> a(p, add, j, count);
     T by_gate = 0;
     over_slots(p, [&](int n, bool real) {
-      T dots[kParts] = {};
-      if (real)
-#pragma unroll 2
-        for (int m = part(); m < p.width; m += kParts) {
-          const T x = of_memory[m * p.padded() + n];
-#pragma unroll
-          for (int u = 0; u < kParts; ++u)
-            if (u < count) dots[u] += add[(j + u) * p.width + m] * x;
-        }
-      T grad = sum_parts(dots);
+      T grad = dots_with(p, of_memory, a, n, real);
       if (!real || part() >= count) return;
       if (of_written) grad += of_written[head * p.slots + n];
       by_gate += grad * before[head * p.padded() + n];
@@ -545,20 +572,21 @@ __device__ __forceinline__ void write_backward(const Lrua<T>& p, const T* before
 // store(j, m, gradient by the key, by the add vector), and the gradient by M_t made that by M_{t-1}, in place. Over rows. kReads, kWrites: which of
 // the two there is; kAfter: the gradient of the cosines is still to be added, as they were of M_{t-1}.
 template <bool kReads, bool kWrites, typename T, typename Store>
-__device__ __forceinline__ void rows_backward(const Lrua<T>& p, const T* memory, const T* keys, const Addressed<T>& a, const T* before, const T* gate,
+__device__ __forceinline__ void rows_backward(const Lrua<T>& p, const T* memory, const T* keys, const Addressed<T>& a, const T* written,
                                               const int* chosen, bool after, T* of_memory, const Sums<T>& sums, const Store& store) {
   for (int m = warp(); m < p.width; m += kRowWarps) {
     over_heads(p, [&](int j, int count) {
       T totals[2 * kParts] = {};
+      const int last = j + count - 1;
 #pragma unroll 2
       for (int n = lane(); n < p.slots; n += 32) {
         const T x = kReads ? memory[m * p.padded() + n] * a.scales[n] : T(0), grad = kWrites ? of_memory[m * p.padded() + n] : T(0);
 #pragma unroll
-        for (int u = 0; u < kParts; ++u)
-          if (u < count) {
-            if (kReads) totals[u] += a.flow[(j + u) * p.padded() + n] * x;
-            if (kWrites) totals[kParts + u] += write_weight(p, before, gate, chosen, j + u, n) * grad;
-          }
+        for (int u = 0; u < kParts; ++u) {
+          const int at = min(j + u, last) * p.padded() + n;
+          if (kReads) totals[u] += a.flow[at] * x;
+          if (kWrites) totals[kParts + u] += written[at] * grad;
+        }
       }
       T total = sum_each(totals);
       const T by_add = __shfl_xor_sync(kAllLanes, total, 16);
@@ -570,13 +598,13 @@ __device__ __forceinline__ void rows_backward(const Lrua<T>& p, const T* memory,
     });
     if constexpr (kWrites) {
 #pragma unroll 1
-    for (int n = lane(); n < p.slots; n += 32) {
-      T& at = of_memory[m * p.padded() + n];
-      T grad = n == chosen[0] ? T(0) : at;
-      if (kReads && after)
-        over_heads(p, [&](int j, int count) { grad += addressed_gradient(p, memory[m * p.padded() + n], keys, a, j, count, m, n); });
-      at = grad;
-    }
+      for (int n = lane(); n < p.slots; n += 32) {
+        T& at = of_memory[m * p.padded() + n];
+        T grad = n == chosen[0] ? T(0) : at;
+        if (kReads && after)
+          over_heads(p, [&](int j, int count) { grad += SlotGradient<T>(p, keys, a, j, count, n).at(m, memory[m * p.padded() + n]); });
+        at = grad;
+      }
     }
   }
 }

@@ -31,6 +31,12 @@ template <typename T> __device__ __forceinline__ int length_of(const MannEpisode
   return bad ? e.steps : int(length);
 }
 
+// A pointer that the compiler takes as it is: out of a sum of three it would make each address anew.
+template <typename T> __device__ __forceinline__ const T* opaque(const T* at) {
+  asm("" : "+l"(at));
+  return at;
+}
+
 // store(i, begin(i) + sum_k weight[i][k] x[k]) for each row i. Rows are `stride` apart; a warp has four of them at a time.
 template <typename T, typename Begin, typename Store>
 __device__ __forceinline__ void multiply_rows(const T* weight, int64_t stride, int rows, int depth, const T* x, const Begin& begin, const Store& store) {
@@ -41,37 +47,57 @@ __device__ __forceinline__ void multiply_rows(const T* weight, int64_t stride, i
     const bool writes = lane() % (32 / kRows) == 0 && own < rows;
     const T* row[kRows];
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) row[r] = weight + min(first + r, rows - 1) * stride;
+    for (int r = 0; r < kRows; ++r) row[r] = opaque(weight + min(first + r, rows - 1) * stride + lane());
     T sums[kRows] = {};
     const T at_first = writes ? begin(own) : T(0);
-#pragma unroll 4
-    for (int k = lane(); k < depth; k += 32) {
-      const T value = x[k];
+    int k = lane();
+    auto add = [&](int ahead) {
+      const T value = x[k + ahead];
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) sums[r] += __ldg(row[r] + k) * value;
+      for (int r = 0; r < kRows; ++r) sums[r] += __ldg(row[r] + ahead) * value;
+    };
+#pragma unroll 1
+    for (; k + 3 * 32 < depth; k += 4 * 32) {
+#pragma unroll
+      for (int u = 0; u < 4; ++u) add(u * 32);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) row[r] += 4 * 32;
     }
+#pragma unroll
+    for (int u = 0; u < 4; ++u)
+      if (k + u * 32 < depth) add(u * 32);
     const T sum = sum_each(sums);
     if (writes) store(own, at_first + sum);
   }
 }
 
-// parts[s][k] = the sum over the s-th part of the rows i of x[i] weight[i][k]. A warp has 32 columns of a part at a time.
+// parts[s][k] = the sum over the s-th part of the rows i of x[i] weight[i][k]. A warp has kSpan columns of a part at a time.
 template <typename T>
 __device__ __forceinline__ void multiply_columns(const T* weight, int64_t stride, int rows, int columns, const T* x, T* parts) {
-  const int split = warp() % kSplits, each = (rows + kSplits - 1) / kSplits, end = min((split + 1) * each, rows);
+  constexpr int kEach = kSpan / 32;
+  const int splits = splits_of(columns), each = (rows + splits - 1) / splits, spans = (columns + kSpan - 1) / kSpan;
 #pragma unroll 1
-  for (int k = warp() / kSplits * 32 + lane(); k < columns; k += kRowWarps / kSplits * 32) {
-    T sum = 0;
-#pragma unroll 8
-    for (int i = split * each; i < end; ++i) sum += x[i] * __ldg(weight + i * stride + k);
-    parts[split * columns + k] = sum;
+  for (int task = warp(); task < spans * splits; task += kRowWarps) {
+    const int split = task / spans, column = task % spans * kSpan + lane(), end = min((split + 1) * each, rows);
+    const T* at[kEach];
+#pragma unroll
+    for (int u = 0; u < kEach; ++u) at[u] = opaque(weight + split * each * stride + min(column + u * 32, columns - 1));
+    T sums[kEach] = {};
+#pragma unroll 4
+    for (int i = split * each; i < end; ++i) {
+      const T value = x[i];
+#pragma unroll
+      for (int u = 0; u < kEach; ++u) sums[u] += value * __ldg(at[u]), at[u] += stride;
+    }
+#pragma unroll
+    for (int u = 0; u < kEach; ++u)
+      if (column + u * 32 < columns) parts[split * columns + column + u * 32] = sums[u];
   }
 }
 
 template <typename T> __device__ __forceinline__ T sum_splits(const T* parts, int columns, int k) {
   T sum = 0;
-#pragma unroll
-  for (int s = 0; s < kSplits; ++s) sum += parts[s * columns + k];
+  for (int s = 0; s < splits_of(columns); ++s) sum += parts[s * columns + k];
   return sum;
 }
 
@@ -147,14 +173,15 @@ template <bool kOnChip, typename T> __device__ __forceinline__ void episode_forw
       });
     }
     // The write of a slot is its warp's, and so is its score: in order, without a barrier between.
+    write_weights(p, weights, p.padded(), gate, row.chosen, row.written);
     for (int pass = 0; pass < 2; ++pass)
       if ((pass == 0) == p.read_before_write)
         score(p, row.memory, keys, strengths, next_weights, row.sums);
       else
-        write(p, weights, gate, add, row.chosen, row.memory);
+        write(p, row.written, add, row.chosen, row.memory);
     __syncthreads();
     normalise(p, row.sums, next_weights);
-    update_usage(p, next_weights, weights, gate, row.chosen, row.usage, row.usage);
+    update_usage(p, next_weights, row.written, row.usage, row.usage);
     __syncthreads();
     if (line) store_weights(p, next_weights, line + e.weights_at());
     read(p, row.memory, next_weights, [&](int j, int m, T x) {
@@ -190,21 +217,25 @@ template <typename T> struct Segment {
   const MannEpisode<T>& e;
   const MannBackwardMemory<T>& row;
 
-  __device__ __forceinline__ T* before(int s) const { return row.weights + s * e.lrua.weights_size(); }
+  __device__ __forceinline__ T* written(int s) const { return row.written + s * e.lrua.weights_size(); }
   __device__ __forceinline__ T* heads(int s) const { return row.heads + s * e.heads; }
   __device__ __forceinline__ int* chosen(int s) const { return row.chosen + s * e.lrua.heads; }
+
+  // The read weights after step t of row b.
+  __device__ __forceinline__ const T* read_weights(int b, int t) const {
+    return t < 0 ? e.from.read_weights + int64_t(b) * e.lrua.heads * e.lrua.slots : e.tape + (int64_t(t) * e.batch + b) * e.line() + e.weights_at();
+  }
 
   // What the tape has of the steps from `first` to t.
   __device__ __forceinline__ void load(int b, int first, int t) const {
     const Lrua<T>& p = e.lrua;
-    load_weights(p, first ? e.tape + (int64_t(first - 1) * e.batch + b) * e.line() + e.weights_at() : e.from.read_weights + int64_t(b) * p.heads * p.slots,
-                 before(0));
     for (int s = 0; s <= t - first; ++s) {
       const int64_t at = int64_t(first + s) * e.batch + b;
       copy(e.tape + at * e.line() + e.heads_at(), e.heads, heads(s));
-      load_weights(p, e.tape + at * e.line() + e.weights_at(), before(s + 1));
       for (int j = threadIdx.x; j < p.heads; j += kRowThreads) chosen(s)[j] = int(e.slots[at * p.heads + j]);
     }
+    __syncthreads();
+    for (int s = 0; s <= t - first; ++s) write_weights(p, read_weights(b, first + s - 1), p.slots, heads(s) + e.gate_at(), chosen(s), written(s));
   }
 
   // The memory after `count` of its steps. Over slots.
@@ -216,7 +247,7 @@ template <typename T> struct Segment {
       for (int m = part(); m < p.width; m += kParts) row.memory[m * p.padded() + n] = checkpoint[m * p.slots + n];
     });
 #pragma unroll 1
-    for (int s = 0; s < count; ++s) write(p, before(s), heads(s) + e.gate_at(), heads(s) + e.add_at(), chosen(s), row.memory);
+    for (int s = 0; s < count; ++s) write(p, written(s), heads(s) + e.add_at(), chosen(s), row.memory);
   }
 };
 
@@ -225,6 +256,7 @@ template <bool kOnChip, typename T> __device__ __forceinline__ void episode_back
   Arena arena = arena_of<kOnChip>(e);
   const MannBackwardMemory<T> row(arena, e);
   const Segment<T> segment{e, row};
+  T *now = row.weights, *before = row.before;
   const int b = blockIdx.x, reads = p.reads(), carried = e.carried(), memory_count = p.slots * p.width, weights_count = p.heads * p.slots;
   bool bad;
   const int length = length_of(e, b, bad);
@@ -233,7 +265,10 @@ template <bool kOnChip, typename T> __device__ __forceinline__ void episode_back
   copy(e.grad_to.read + int64_t(b) * reads, reads, row.of_carry);
   copy(e.grad_to.hidden + int64_t(b) * e.hidden, e.hidden, row.of_carry + reads);
   copy(e.grad_to.cell + int64_t(b) * e.hidden, e.hidden, row.of_cell);
-  if (length > 0) copy(e.tape + (int64_t(length - 1) * e.batch + b) * e.line() + e.cell_at(), e.hidden, row.cell);
+  if (length > 0) {
+    copy(e.tape + (int64_t(length - 1) * e.batch + b) * e.line() + e.cell_at(), e.hidden, row.cell);
+    load_weights(p, segment.read_weights(b, length - 1), now);
+  }
   __syncthreads();
 
   for (int t = length - 1; t >= 0; --t) {
@@ -241,12 +276,13 @@ template <bool kOnChip, typename T> __device__ __forceinline__ void episode_back
     const int64_t at = int64_t(t) * e.batch + b;
     const T* checkpoint = e.checkpoints + (int64_t(t / kSegment) * e.batch + b) * memory_count;
     if (t == length - 1 || s == kSegment - 1) segment.load(b, first, t);
+    load_weights(p, segment.read_weights(b, t - 1), before);
     for (int k = threadIdx.x; k < carried; k += kRowThreads) {
       const T by_output = e.grad_outputs[at * carried + (k < reads ? e.hidden + k : k - reads)];
       row.of_carry[k] = by_output + (t == length - 1 ? row.of_carry[k] : sum_splits(row.parts, carried, k));
     }
     __syncthreads();
-    const T *now = segment.before(s + 1), *before = segment.before(s), *heads = segment.heads(s);
+    const T* heads = segment.heads(s);
     const T *keys = heads, *add = heads + e.add_at(), *gate = heads + e.gate_at();
     const T* strengths = e.learned_strength ? heads + e.strength_at() : nullptr;
     const int* chosen = segment.chosen(s);
@@ -264,7 +300,7 @@ template <bool kOnChip, typename T> __device__ __forceinline__ void episode_back
     __syncthreads();
     T* grad_heads = e.grad_heads + at * e.heads;
     auto store = [&](int i, T x) { row.of_heads[i] = x, grad_heads[i] = x; };
-    rows_backward<true, true>(p, row.memory, keys, row.addressed, before, gate, chosen, p.read_before_write, row.of_memory, row.sums,
+    rows_backward<true, true>(p, row.memory, keys, row.addressed, segment.written(s), chosen, p.read_before_write, row.of_memory, row.sums,
                               [&](int j, int m, T by_key, T by_add) {
                                 const int i = j * p.width + m;
                                 store(i, (e.own_add ? by_key : by_key + by_add) * (1 - keys[i] * keys[i]));
@@ -293,6 +329,8 @@ template <bool kOnChip, typename T> __device__ __forceinline__ void episode_back
     }
     __syncthreads();
     multiply_columns(e.weight + e.inputs, e.entering(), 4 * e.hidden, carried, row.of_gates, row.parts);
+    T* swap = now;
+    now = before, before = swap;
     __syncthreads();
   }
 

@@ -5,7 +5,12 @@
 
 namespace fastmeta {
 
-constexpr int kSplits = 4;  // parts of a sum down the columns of a weight, for warps side by side
+// A product down the columns of a weight: a warp has kSpan of them, and where there are more warps than spans the rows are split among them.
+constexpr int kSpan = 128;
+FASTMETA_EVERYWHERE int splits_of(int columns) {
+  const int spans = (columns + kSpan - 1) / kSpan, splits = spans ? kRowWarps / spans : 1;
+  return splits > 1 ? splits : 1;
+}
 
 template <typename T> struct MannState {
   T *hidden, *cell, *read, *read_weights, *usage, *memory;  // [B, ...], contiguous
@@ -60,28 +65,33 @@ template <typename T> struct MannBiases {
 };
 
 template <typename T> struct MannForwardMemory {
-  T *memory, *usage, *weights, *next_weights, *carry, *cell, *gates, *heads;
+  T *memory, *usage, *weights, *next_weights, *written, *carry, *cell, *gates, *heads;
   int* chosen;
   Sums<T> sums;
   FASTMETA_EVERYWHERE MannForwardMemory(Arena& arena, const MannEpisode<T>& e)
       : memory(arena.take<T>(e.lrua.memory_size())), usage(arena.take<T>(e.lrua.slots)), weights(arena.take<T>(e.lrua.weights_size())),
-        next_weights(arena.take<T>(e.lrua.weights_size())), carry(arena.take<T>(e.carried())), cell(arena.take<T>(e.hidden)),
+        next_weights(arena.take<T>(e.lrua.weights_size())), written(arena.take<T>(e.lrua.weights_size())), carry(arena.take<T>(e.carried())), cell(arena.take<T>(e.hidden)),
         gates(arena.take<T>(4 * e.hidden)), heads(arena.take<T>(e.heads)), chosen(arena.take<int>(e.lrua.heads)), sums(arena, e.lrua) {}
 };
 
 template <typename T> struct MannBackwardMemory {
-  T *memory, *of_memory, *of_weights;
-  T *weights, *heads;  // of a segment: the read weights before each step and after the last, what the heads said
-  int* chosen;         // of a segment
+  T *memory, *of_memory, *of_weights, *weights, *before;
+  T *written, *heads;  // of a segment: the write weights, what the heads said,
+  int* chosen;         // and the least used slots
   T *cell, *of_carry, *of_cell, *of_gates, *of_heads, *parts;
   Addressed<T> addressed;
   Sums<T> sums;
+  static FASTMETA_EVERYWHERE int parts_size(const MannEpisode<T>& e) {
+    const int of_hidden = splits_of(e.hidden) * e.hidden, of_carry = splits_of(e.carried()) * e.carried();
+    return of_hidden > of_carry ? of_hidden : of_carry;
+  }
   FASTMETA_EVERYWHERE MannBackwardMemory(Arena& arena, const MannEpisode<T>& e)
       : memory(arena.take<T>(e.lrua.memory_size())), of_memory(arena.take<T>(e.lrua.memory_size())), of_weights(arena.take<T>(e.lrua.weights_size())),
-        weights(arena.take<T>((kSegment + 1) * e.lrua.weights_size())), heads(arena.take<T>(kSegment * e.heads)),
+        weights(arena.take<T>(e.lrua.weights_size())), before(arena.take<T>(e.lrua.weights_size())),
+        written(arena.take<T>(kSegment * e.lrua.weights_size())), heads(arena.take<T>(kSegment * e.heads)),
         chosen(arena.take<int>(kSegment * e.lrua.heads)), cell(arena.take<T>(e.hidden)), of_carry(arena.take<T>(e.carried())),
         of_cell(arena.take<T>(e.hidden)), of_gates(arena.take<T>(4 * e.hidden)), of_heads(arena.take<T>(e.heads)),
-        parts(arena.take<T>(kSplits * e.carried())), addressed(arena, e.lrua), sums(arena, e.lrua) {}
+        parts(arena.take<T>(parts_size(e))), addressed(arena, e.lrua), sums(arena, e.lrua) {}
 };
 
 }  // namespace fastmeta

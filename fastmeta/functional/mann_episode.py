@@ -34,7 +34,9 @@ def mann_episode(inputs: Tensor, state: MANNState, weight_ih: Tensor, weight_hh:
         weight_ih, weight_hh, bias: ``[4H, I + R M]``, ``[4H, H]``, ``[4H]``.
         head_weight, head_bias: ``[P, H]``, ``[P]``; rows: the keys (R M), the add vectors (R M, with ``own_add``), the gates (R), the
             strengths (R, with ``strength="learned"``).
-        lengths: integer ``[B]`` in [0, T]: from its end on an episode keeps its state and its outputs are 0, whatever its inputs hold.
+        lengths: integer ``[B]`` in [0, T]: from its end on an episode keeps its state and its outputs are 0, whatever its inputs hold. One out
+            of range is a ValueError; but the kernels of the GPU cannot tell without waiting for the device: there, outputs and state of its
+            episode are NaN.
         own_add: whether the heads have add vectors; else the keys are written.
         strength: factor on the cosine: None for 1, a number, or ``"learned"``, one of each head and step.
         least_used, read_before_write, eps_mode, eps, usage_decay: as in :func:`lrua_step`.
@@ -82,10 +84,6 @@ def mann_episode(inputs: Tensor, state: MANNState, weight_ih: Tensor, weight_hh:
                 strength="learned" if learned else number, least_used=least_used, read_before_write=read_before_write,
                 eps_mode=eps_mode, eps=eps, usage_decay=usage_decay)
     else:
-        if lengths is not None:
-            # The products take all the rows there are; what stands in the padding must not reach them.
-            running = torch.arange(steps, device=inputs.device).unsqueeze(1) < lengths
-            inputs = torch.where(running.unsqueeze(2), inputs, 0.0)
         outputs, *state = _operation(
             inputs, torch.cat([weight_ih, weight_hh], 1), bias, head_weight, head_bias, *state, lengths, own_add, learned, number,
             LEAST_USED.index(least_used), read_before_write, EPS_MODES.index(eps_mode), float(eps), float(usage_decay))
