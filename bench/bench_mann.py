@@ -54,6 +54,15 @@ def eager_cell(projected, hidden, cell, read, read_weights, usage, memory, recur
     return torch.cat([hidden, read.flatten(1)], 1), hidden, cell, read, read_weights, usage, memory
 
 
+def eager_episode(inputs, state, weight_x, recurrent, bias, head_weight, head_bias, step=eager_cell):
+    """The outputs ``[T, B, H + R M]``."""
+    outputs = []
+    for projected in F.linear(inputs, weight_x, bias):
+        output, *state = step(projected, *state, recurrent, head_weight, head_bias)
+        outputs.append(output)
+    return torch.stack(outputs)
+
+
 class Products(torch.autograd.Function):
     """The weights' products of an episode and of its backward, on numbers that mean nothing."""
 
@@ -84,7 +93,8 @@ def build_episode(operation, shape, peer, dtype):
     torch.manual_seed(0)
     model = (fastmeta.reference if peer == "reference" else fastmeta.nn).MANNCell(400 + C).to(dtype)
     generator = torch.Generator().manual_seed(0)
-    inputs = torch.rand(T, B, 400 + C, generator=generator).to(dtype)
+    device = torch.get_default_device()
+    inputs = torch.rand(T, B, 400 + C, generator=generator, device="cpu").to(device, dtype)
     state, parameters = model.initial_state(B), tuple(model.parameters())
     if peer in ("fastmeta", "reference"):
         return Entry(lambda: model.run(inputs, state)[0], (), parameters)
@@ -98,29 +108,20 @@ def build_episode(operation, shape, peer, dtype):
     recurrent = torch.cat([weight_ih[:, 400 + C:], weight_hh], 1).requires_grad_()
     bias.requires_grad_()
     if peer == "floor":
-        carried = torch.rand(T, B, reads + 200, generator=generator).to(dtype)
+        carried = torch.rand(T, B, reads + 200, generator=generator, device="cpu").to(inputs)
         return Entry(lambda: Products.apply(inputs, carried, weight_x, recurrent, heads[0]), (), (weight_x, recurrent, heads[0]))
 
     cell = torch.compile(eager_cell, dynamic=False, fullgraph=True) if peer == "compile" else eager_cell
-
-    def run():
-        projected = F.linear(inputs, weight_x, bias)
-        after, outputs = state, []
-        for step in projected:
-            output, *after = cell(step, *after, recurrent, *heads)
-            outputs.append(output)
-        return torch.stack(outputs)
-
-    return Entry(run, (), (weight_x, recurrent, bias, *heads))
+    return Entry(lambda: eager_episode(inputs, state, weight_x, recurrent, bias, *heads, step=cell), (), (weight_x, recurrent, bias, *heads))
 
 
 def build_step(operation, shape, peer, dtype):
     B, N, M, R = shape
     generator = torch.Generator().manual_seed(0)
-    memory, keys, add = (torch.randn(B, n, M, generator=generator).to(dtype) for n in (N, R, R))
-    usage = torch.rand(B, N, generator=generator).to(dtype)
-    read_weights = torch.rand(B, R, N, generator=generator).softmax(-1).to(dtype)
-    gate = torch.rand(B, R, generator=generator).to(dtype)
+    device = torch.get_default_device()
+    memory, keys, add = (torch.randn(B, n, M, generator=generator, device="cpu").to(device, dtype) for n in (N, R, R))
+    usage, gate = (torch.rand(B, n, generator=generator, device="cpu").to(device, dtype) for n in (N, R))
+    read_weights = torch.rand(B, R, N, generator=generator, device="cpu").softmax(-1).to(device, dtype)
     if peer in ("fastmeta", "reference"):
         room = fastmeta.functional if peer == "fastmeta" else fastmeta.reference
         cosine, shared = dict(eps_mode="add", eps=1e-8), dict(least_used="shared")
@@ -148,11 +149,13 @@ def truth_of_an_episode(peer):
     return {"fastmeta": "reference", "compile": "eager"}.get(peer, peer)
 
 
-RACES = [Race("mann_episode", "TBC", shape, backward, ("fastmeta", "eager", "compile", "reference", "floor"), build_episode, truth_of_an_episode,
-              size=shape[0] * shape[1] * 800 * 765)
-         for shape in EPISODES for backward in (False, True)]
-RACES += [Race(operation, "BNMR", shape, backward, STEP_PEERS, build_step, truth, size=shape[0] * shape[1] * shape[2] * shape[3])
-          for operation in ("memory_read", "lrua_write", "lrua_step") for shape in STEPS for backward in (False, True)]
+RACES = []
+for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+    RACES += [Race("mann_episode", "TBC", shape, backward, ("fastmeta", "eager", "compile", "reference", "floor"), build_episode, truth_of_an_episode,
+                   size=shape[0] * shape[1] * 800 * 765, device=device)
+              for shape in EPISODES for backward in (False, True)]
+    RACES += [Race(operation, "BNMR", shape, backward, STEP_PEERS, build_step, truth, size=shape[0] * shape[1] * shape[2] * shape[3], device=device)
+              for operation in ("memory_read", "lrua_write", "lrua_step") for shape in STEPS for backward in (False, True)]
 
 
 def test_race(enter, race, peer):

@@ -355,9 +355,8 @@ def _of_calls(found) -> str:
          f"{cost.fewest / 1e3:,.0f}", f"{cost.instructions / 1e6:,.1f}") for operation, direction, shape, cost, eager in found])
 
 
-def _kernels(found) -> list[tuple[str, list[Resources]]]:
+def _kernels_of(launches) -> list[tuple[str, list[Resources]]]:
     """Each kernel, and what a block of it takes on each architecture; more than once where its shared memory differs."""
-    launches = [launch for *_, cost, _ in found for launch in cost.launches]
     kernels = {(launch.kernel, *(launch.resources(architecture) for architecture in ARCHITECTURES)) for launch in launches}
     return [(kernel, resources) for kernel, *resources in sorted(kernels)]
 
@@ -391,7 +390,7 @@ def main(arguments=None) -> int:
             with mock.patch.object(ptx, "launch", functools.partial(ptx.launch, step_limit=10**12)):
                 for direction, cost in costs(backend, operation, shape, DTYPES[options.dtype]).items():
                     found.append((operation, direction, shape, cost, eager[direction]))
-        kernels = _kernels(found)
+        kernels = _kernels_of(launch for *_, cost, _ in found for launch in cost.launches)
         print(_of_calls(found), _of_kernels(kernels), sep="\n\n")
         everything.append({
             "backend": name, "dtype": options.dtype,
