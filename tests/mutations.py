@@ -1,6 +1,6 @@
-"""Deliberate faults in the kernels of the GPU, one at a time; a case of test_gpu_kernels.py must catch each.
+"""Deliberate faults in the kernels of the GPU, one at a time; a case of test_gpu_kernels.py, or of test_gpu_mann.py, must catch each.
 
-    python tests/mutations.py [--backend cuda | triton] [--only NAME]
+    python tests/mutations.py [--kernels cuda | triton | mann] [--only NAME]
 
 A fault is one piece of source in place of another. The kernels with it are compiled and run on the PTX machine, case after case, until one
 fails: the machine finds something, a number is wrong, or another order gives other bits. Prints a Markdown table. The exit status is 1 if a
@@ -16,13 +16,17 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 from unittest import mock
 
 import emulation
 import numpy as np
 import ptx
-from test_gpu_kernels import CASES, check, inputs
+import test_gpu_kernels
+import test_gpu_mann
+
+from fastmeta import reference
 
 
 class Fault(NamedTuple):
@@ -177,11 +181,74 @@ TRITON = [
 ]
 
 
+MANN = [  # of mann_episode.cu and the lrua_memory.h it includes
+    # barriers
+    Fault("gates-unread", "the cell begins before all gates are there",
+          "row.gates[i] = x; });\n    __syncthreads();", "row.gates[i] = x; });\n    if (!FAULT) __syncthreads();"),
+    Fault("hidden-unread", "the heads begin before the whole hidden state is there",
+          "line[e.cell_at() + h] = cell;\n      }\n    }\n    __syncthreads();", "line[e.cell_at() + h] = cell;\n      }\n    }\n    if (!FAULT) __syncthreads();"),
+    Fault("scores-unfinished", "weights are normalised before all warps have left their sums",
+          "__syncthreads();\n    normalise(", "if (!FAULT) __syncthreads();\n    normalise("),
+    Fault("read-unnormalised", "the memory is read before all weights are there",
+          "row.written, row.usage, row.usage);\n    __syncthreads();", "row.written, row.usage, row.usage);\n    if (!FAULT) __syncthreads();"),
+    Fault("next-step-early", "a step begins before what was read is there",
+          "next_weights = swap;\n    __syncthreads();", "next_weights = swap;\n    if (!FAULT) __syncthreads();"),
+    Fault("rows-early", "sums over slots begin before the gradients of all slots are there",
+          "row.of_weights, row.sums);\n    __syncthreads();\n    T* grad_heads", "row.of_weights, row.sums);\n    if (!FAULT) __syncthreads();\n    T* grad_heads"),
+    Fault("parts-unread", "parts of a sum are added before all are there",
+          "row.of_heads, row.parts);\n    __syncthreads();", "row.of_heads, row.parts);\n    if (!FAULT) __syncthreads();"),
+    # the steps
+    Fault("stale-weights", "a step writes to where the step before the last had read",
+          "weights = next_weights, next_weights = swap;", "if (!FAULT) weights = next_weights, next_weights = swap;"),
+    Fault("late-checkpoint", "a checkpoint is that of a step later", "(line && t % kSegment == 0)", "(line && t % kSegment == (FAULT ? 1 : 0))"),
+    Fault("short-replay", "the memory of the backward lacks the last write", "segment.replay(checkpoint, s + 1);", "segment.replay(checkpoint, s + !FAULT);"),
+    Fault("no-second-replay", "cosines of the memory before the write are of that after it",
+          "if (p.read_before_write) segment.replay(checkpoint, s);", "if (p.read_before_write && !FAULT) segment.replay(checkpoint, s);"),
+    Fault("first-cell", "the first step has the cell of no step before it",
+          "const T cell_before = t ?", "const T cell_before = FAULT && !t ? T(0) : t ?"),
+    Fault("unfilled-padding", "outputs after the end of an episode are left as they are",
+          "fill(e.outputs + at * carried, carried, T(0));", "if (!FAULT) fill(e.outputs + at * carried, carried, T(0));"),
+    Fault("length-of-all", "every episode is as long as the longest", "if (!e.lengths) return e.steps;", "if (!e.lengths || FAULT) return e.steps;"),
+    Fault("other-row", "a row has the outputs' gradient of the row before", "e.grad_outputs[at * carried +", "e.grad_outputs[(FAULT && b ? at - 1 : at) * carried +"),
+    # products
+    Fault("short-tail", "a row of weights lacks its last number", "if (k + u * 32 < depth)", "if (k + u * 32 < depth - int(FAULT))"),
+    Fault("lost-part", "the last part of a sum down the columns is left out", "s < splits_of(columns);", "s < splits_of(columns) - int(FAULT);"),
+    Fault("short-bias", "the gradient of a bias lacks the last row", "i < p.rows;", "i < p.rows - int(FAULT);"),
+    # memory
+    Fault("tie-by-the-highest", "of slots of equal usage the last one is chosen",
+          "(other == least && other_slot < slot)", "(other == least && (other_slot < slot) != FAULT)"),
+    Fault("not-erased", "the least used slot keeps what it held", "const bool erased = j == 0 &&", "const bool erased = !FAULT && j == 0 &&"),
+    Fault("erased-gradient", "what was erased has a gradient", "T grad = n == chosen[0] ?", "T grad = n == chosen[0] && !FAULT ?"),
+    Fault("one-mark", "shared marks lack the least used slot", "for (int i = 0; i < p.heads; ++i) any", "for (int i = FAULT; i < p.heads; ++i) any"),
+    Fault("unused-writes", "usage does not count what was written", "sum += written[j * p.padded() + n];", "if (!FAULT) sum += written[j * p.padded() + n];"),
+    Fault("past-the-slots", "a walk has one slot more than there is", "body(n, n < p.slots);", "body(n, n < p.slots + int(FAULT));"),
+    Fault("largest-of-a-warp", "weights are relative to the largest score of one warp",
+          "top = fmax(top, sums.first[w * p.heads + head]);", "top = FAULT && w ? top : fmax(top, sums.first[w * p.heads + head]);"),
+    # gradients
+    Fault("no-mean", "the softmax's derivative lacks the mean", "(of_weights[at] - mean)", "(of_weights[at] - (FAULT ? T(0) : mean))"),
+    Fault("wrong-radial", "the part of the gradient along a row is that of another eps_mode",
+          "const T along = q * c * inverse * inverse;", "const T along = q * c * inverse * (FAULT ? T(1) : inverse);"),
+    Fault("lost-radial-add", "eps_mode add: no gradient along the row", "radial = b > 0 ?", "radial = b > 0 && !FAULT ?"),
+    Fault("lost-radial-clamp", "eps_mode clamp: no gradient along the row", "radial = squares > least * least ?", "radial = squares > least * least && !FAULT ?"),
+    Fault("gate-without-marks", "the gradient of a gate lacks the least used slots",
+          "if (is_least_used(p, chosen, head, n)) by_gate", "if (is_least_used(p, chosen, head, n) && !FAULT) by_gate"),
+    Fault("lost-cosines", "the memory before a write has no gradient of its cosines", "if (kReads && after)", "if (kReads && after && !FAULT)"),
+    Fault("wrong-strength", "the derivative of softplus is 1", "-expm1(1 - strengths[j])", "(FAULT ? T(1) : -expm1(1 - strengths[j]))"),
+    # numbers
+    Fault("out-of-range", "rows whose squares overflow or vanish are left as they are", "if (scaled && largest > 0)", "if (scaled && largest > 0 && !FAULT)"),
+]
+
+
 # ---- running them ----------------------------------------------------------------------------------------------------------------------
 
-def cuda_kernels(source: str):
+def with_headers(path: Path) -> str:
+    """A file of csrc/cuda with what it includes of there in the place of the includes."""
+    return re.sub(r'#include "(cuda/.*)"\n', lambda include: with_headers(emulation.ROOT / "csrc" / include[1]), path.read_text()).replace("#pragma once\n", "")
+
+
+def cuda_kernels(source: str, faults: list[Fault]):
     """With which fault, or None -> the context in which ``emulator(seed)`` runs the kernels. One build has all, and a variable chooses."""
-    for number, fault in enumerate(CUDA, 1):
+    for number, fault in enumerate(faults, 1):
         assert source.count(fault.old) == 1, f"{fault.name} is in the way of another fault"
         source = source.replace(fault.old, fault.new.replace("FAULT", f"(fault == {number})"))
     module = ptx.Module(emulation.compile_cuda('extern "C" { __device__ volatile int fault; }\n' + source))
@@ -189,12 +256,12 @@ def cuda_kernels(source: str):
 
     @contextlib.contextmanager
     def kernels(fault: Fault | None):
-        chosen.view(np.int32)[0] = CUDA.index(fault) + 1 if fault else 0
+        chosen.view(np.int32)[0] = faults.index(fault) + 1 if fault else 0
         yield lambda seed: emulation.CudaEmulator(seed, module.kernels.__getitem__)
     return kernels
 
 
-def triton_kernels(source: str):
+def triton_kernels(source: str, faults: list[Fault]):
     """The same. A fault is a module of the same name: what it does not touch is not compiled again."""
     import fastmeta.triton
 
@@ -211,48 +278,60 @@ def triton_kernels(source: str):
     return kernels
 
 
-class Backend(NamedTuple):
-    name: str  # fastmeta's
+def tensors_of_attention(case) -> list[str]:
+    args, keywords = test_gpu_kernels.inputs(case)
+    arguments = [*zip(("query", "support", "values"), args), *keywords.items()]
+    return ["result", *(f"gradient of {name}" for name, x in arguments if getattr(x, "requires_grad", False))]
+
+
+def tensors_of_mann(case) -> list[str]:
+    return ["outputs", *reference.MANNState._fields, *(f"gradient of {name}" for name, x in test_gpu_mann.inputs(case)[0].items() if x.requires_grad)]
+
+
+class Kernels(NamedTuple):
+    backend: str
     faults: list[Fault]
-    path: Path
+    source: Callable[[], str]
     missing: Callable
-    kernels: Callable
+    build: Callable
+    tests: ModuleType  # with CASES and check
+    tensors: Callable  # case -> what test compares, in order
 
 
-BACKENDS = {
-    "cuda": Backend("cpp", CUDA, emulation.ROOT / "csrc/cuda/cosine_attention.cu", emulation.cuda_is_missing, cuda_kernels),
-    "triton": Backend("triton", TRITON, emulation.ROOT / "fastmeta/triton/cosine_attention.py", emulation.triton_is_missing,
-                      triton_kernels)}
+KERNELS = {
+    "cuda": Kernels("cpp", CUDA, (emulation.ROOT / "csrc/cuda/cosine_attention.cu").read_text, emulation.cuda_is_missing, cuda_kernels,
+                    test_gpu_kernels, tensors_of_attention),
+    "triton": Kernels("triton", TRITON, (emulation.ROOT / "fastmeta/triton/cosine_attention.py").read_text, emulation.triton_is_missing, triton_kernels,
+                      test_gpu_kernels, tensors_of_attention),
+    "mann": Kernels("cpp", MANN, functools.partial(with_headers, emulation.ROOT / "csrc/cuda/mann_episode.cu"), emulation.cuda_is_missing, cuda_kernels,
+                    test_gpu_mann, tensors_of_mann)}
 
 
-def failure(case, emulator, backend: str) -> str | None:
+def failure(case, emulator, kernels: Kernels) -> str | None:
     """How the kernels fail a case: the machine's finding, or which tensor is wrong."""
     try:
-        check(case, emulator, backend)
+        kernels.tests.check(case, emulator, kernels.backend)
     except ptx.Finding as finding:
         return f"`{finding.kind}` in {finding.kernel}"
     except AssertionError as error:
         if tensor := re.search(r" tensor (\d+)", str(error)):
-            args, keywords = inputs(case)
-            arguments = [*zip(("query", "support", "values"), args), *keywords.items()]
-            gradients = [f"gradient of {name}" for name, x in arguments if getattr(x, "requires_grad", False)]
-            return "wrong numbers: " + ["result", *gradients][int(tensor[1])]
+            return "wrong numbers: " + kernels.tensors(case)[int(tensor[1])]
         return str(error).partition(": ")[2]
     return None
 
 
-def run(backend: Backend, source: str, faults: list[Fault]):
+def run(kernels: Kernels, source: str, faults: list[Fault]):
     """Of each fault how it is caught, and by which case; None for both if it survives."""
-    kernels = backend.kernels(source)
+    with_fault = kernels.build(source, kernels.faults)
 
     @functools.cache
     def without_a_fault(case):
-        with kernels(None) as emulator:
-            return failure(case, emulator, backend.name)
+        with with_fault(None) as emulator:
+            return failure(case, emulator, kernels)
 
     for fault in faults:
-        with kernels(fault) as emulator:
-            how, case = next(((how, case) for case in CASES if (how := failure(case, emulator, backend.name))), (None, None))
+        with with_fault(fault) as emulator:
+            how, case = next(((how, case) for case in kernels.tests.CASES if (how := failure(case, emulator, kernels))), (None, None))
         if case and (wrong := without_a_fault(case)):
             raise RuntimeError(f"{case} fails without a fault, too, and catches nothing: {wrong}")
         yield fault, how, case
@@ -260,18 +339,18 @@ def run(backend: Backend, source: str, faults: list[Fault]):
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backend", choices=BACKENDS, help="default: both")
+    parser.add_argument("--kernels", choices=KERNELS, help="default: all")
     parser.add_argument("--only", metavar="NAME", help="one fault")
     arguments = parser.parse_args()
 
-    chosen = {name: [fault for fault in backend.faults if arguments.only in (None, fault.name)] for name, backend in BACKENDS.items()
-              if arguments.backend in (None, name)}
+    chosen = {name: [fault for fault in kernels.faults if arguments.only in (None, fault.name)] for name, kernels in KERNELS.items()
+              if arguments.kernels in (None, name)}
     if not any(chosen.values()):
-        parser.error(f"--only {arguments.only}: expected one of {', '.join(f.name for name in chosen for f in BACKENDS[name].faults)}")
-    sources = {name: BACKENDS[name].path.read_text() for name in chosen}
-    stale = [f"{name} {fault.name}: its text is {count} times in {BACKENDS[name].path}, expected once: {fault.old!r}"
-             for name in chosen for fault in BACKENDS[name].faults if (count := sources[name].count(fault.old)) != 1]
-    missing = [reason for name in chosen if (reason := BACKENDS[name].missing())]
+        parser.error(f"--only {arguments.only}: expected one of {', '.join(f.name for name in chosen for f in KERNELS[name].faults)}")
+    sources = {name: KERNELS[name].source() for name in chosen}
+    stale = [f"{name} {fault.name}: its text is {count} times in the source, expected once: {fault.old!r}"
+             for name in chosen for fault in KERNELS[name].faults if (count := sources[name].count(fault.old)) != 1]
+    missing = [reason for name in chosen if (reason := KERNELS[name].missing())]
     if stale or missing:
         print(*stale, *missing, sep="\n", file=sys.stderr)
         return 2
@@ -279,7 +358,7 @@ def main() -> int:
     print("| kernels | fault | | caught by | case |\n|---|---|---|---|---|")
     survivors = 0
     for name, faults in chosen.items():
-        for fault, how, case in run(BACKENDS[name], sources[name], faults):
+        for fault, how, case in run(KERNELS[name], sources[name], faults):
             survivors += case is None
             print(f"| {name} | {fault.name} | {fault.what} | {how or '**nothing**'} | {case or ''} |", flush=True)
     return int(survivors > 0)
