@@ -72,16 +72,18 @@ def _why_not(backend: str, device_type: str, operation: str) -> str:
     return f"its CUDA kernels are not loaded ({missing_cuda})" if _C_cuda is None else f"it has no CUDA kernel for {operation}"
 
 
-def select(backend: str | None, device_type: str, operation: str) -> str:
-    """The backend of one call; an explicit choice that cannot run is an error, an automatic one falls to the next."""
+def select(backend: str | None, device_type: str, function: str, operation: str | None = None) -> str:
+    """The backend of one call of a function, which needs a kernel of the operation (None: of the same name); an explicit choice that cannot run is
+    an error, an automatic one falls to the next."""
+    operation = operation or function
     backend = backend or _override or _environment
     if backend is None:
         for backend in NAMESPACES:
             if _has_kernel(backend, device_type, operation):
                 return backend
         return "reference"
-    if _known(backend, operation) != "reference" and not _has_kernel(backend, device_type, operation):
-        raise RuntimeError(f"{operation}: backend {backend!r} cannot run on {device_type} tensors: {_why_not(backend, device_type, operation)}")
+    if _known(backend, function) != "reference" and not _has_kernel(backend, device_type, operation):
+        raise RuntimeError(f"{function}: backend {backend!r} cannot run on {device_type} tensors: {_why_not(backend, device_type, operation)}")
     return backend
 
 

@@ -13,8 +13,10 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import ptx
 import torch
@@ -164,13 +166,19 @@ def triton_is_missing() -> str | None:
     return _backend.missing_triton or machine_is_missing()
 
 
-class Compiled(NamedTuple):
+@dataclass
+class Compiled:
     """A Triton kernel for one kind of arguments: what Triton itself makes for a GPU of that architecture, which need not be there."""
 
-    kernel: ptx.Kernel | None  # of NVIDIA's
     passed: list[str]  # names of the arguments that are passed at run time
     shared: int
     asm: dict
+
+    @functools.cached_property
+    def kernel(self) -> ptx.Kernel:
+        """Of NVIDIA's, as far as the machine knows its instructions."""
+        only, = ptx.Module(self.asm["ptx"]).kernels.values()
+        return only
 
 
 _compiled = {}
@@ -190,8 +198,7 @@ def compile_triton(kernel, arguments: dict, options: dict, architecture: int | s
     if key not in _compiled:
         parsed, signature, constants, attributes = kernel._pack_args(backend, dict(options), bound, specialization, dict(options))
         compiled = compile(ASTSource(kernel, signature, constants, attributes), target=target, options=parsed.__dict__)
-        only, = ptx.Module(compiled.asm["ptx"]).kernels.values() if nvidia else [None]
-        _compiled[key] = Compiled(only, [name for name, kind in signature.items() if kind != "constexpr"], compiled.metadata.shared, compiled.asm)
+        _compiled[key] = Compiled([name for name, kind in signature.items() if kind != "constexpr"], compiled.metadata.shared, compiled.asm)
     return _compiled[key]
 
 
@@ -219,12 +226,14 @@ class TritonEmulator(Emulator):
             call.allocated(t.data_ptr(), t.numel() * t.element_size())
             return t
 
-        before = device.launch, device.empty
-        device.launch, device.empty = launch, empty
-        try:
+        def contiguous(t):
+            copy = t.contiguous()
+            if copy is not t:
+                call.computed(copy.data_ptr(), copy.numel() * copy.element_size())
+            return copy
+
+        with mock.patch.multiple(device, launch=launch, empty=empty, contiguous=contiguous):
             return getattr(fastmeta.triton, name)(*arguments)
-        finally:
-            device.launch, device.empty = before
 
 
 class InterpretedEmulator(TritonEmulator):

@@ -159,7 +159,8 @@ def test_half_precision(backend, name, dtype):
 def test_strides(backend, name):
     """Strided and expanded tensors give the results of contiguous ones; from the kernels, the same bits."""
     tensors, options = example(name)
-    exact = {"rtol": 0, "atol": 0} if not backend.startswith("reference") else {}
+    by_kernels = not backend.startswith("reference") and (name != "mann_episode" or not backend.startswith("triton"))
+    exact = {"rtol": 0, "atol": 0} if by_kernels else {}
 
     def strided(t):
         wide = torch.stack([t.detach(), torch.full_like(t, torch.nan)], -1).movedim(0, -2).contiguous().movedim(-2, 0)[..., 0]
@@ -498,7 +499,7 @@ def test_lengths_out_of_range(backend, length):
     """An error; from a GPU, which cannot tell in time, NaN in that episode."""
     tensors, options = episode_example()
     options["lengths"] = torch.tensor([2, length])
-    if not backend.startswith("cuda"):
+    if not backend.startswith("cuda"):  # those in CUDA C++
         with pytest.raises(ValueError) as raised:
             call(functional, "mann_episode", tensors, options)
         assert str(raised.value) == f"mann_episode: lengths must be in [0, 4], got {length}"

@@ -9,8 +9,17 @@ without a second-order kernel.
 import torch
 from torch.autograd import Function
 
-from .._backend import NAMESPACES
+from .. import schemas
+from .._backend import NAMESPACES, missing_triton
 from ..schemas.operation import Operation
+
+
+def differentiable_on_all(*operations: Operation) -> dict:
+    """``{(backend, name): apply}``, :func:`differentiable` of each operation on every backend that may have kernels of it."""
+    found = {("cpp", operation.name): differentiable(operation) for operation in operations}
+    if missing_triton is None:
+        found |= {("triton", operation.name): differentiable(operation, "triton") for operation in operations if operation in schemas.IN_TRITON}
+    return found
 
 
 def differentiable(operation: Operation, backend: str = "cpp"):

@@ -9,11 +9,9 @@ from .. import _backend, reference, schemas
 from ..reference.cosine_attention import EPS_MODES, NORMALIZE
 from ..schemas.operation import accumulation_dtype
 from ._arguments import FLOATS, INTEGERS, check_choice, check_eps, is_number, without_autocast
-from ._autograd import differentiable
+from ._autograd import differentiable_on_all
 
-_operations = {("cpp", operation.name): differentiable(operation) for operation in (schemas.cosine_attention, schemas.matching_log_probs)}
-if _backend.missing_triton is None:
-    _operations |= {("triton", operation.name): differentiable(operation, "triton") for operation in schemas.IN_TRITON}
+_operations = differentiable_on_all(schemas.cosine_attention, schemas.matching_log_probs)
 
 
 def cosine_attention(query: Tensor, support: Tensor, values: Tensor, *, scale: float | Tensor = 1.0, normalize: str = "both",

@@ -8,9 +8,9 @@ from .. import _backend, reference, schemas
 from ..reference.cosine_attention import EPS_MODES
 from ..reference.lrua_memory import LEAST_USED
 from ._arguments import check_choice, check_eps, is_number, prepare, restore, without_autocast
-from ._autograd import differentiable
+from ._autograd import differentiable_on_all
 
-_operations = {operation.name: differentiable(operation) for operation in (schemas.memory_read, schemas.lrua_write, schemas.lrua_step)}
+_operations = differentiable_on_all(schemas.memory_read, schemas.lrua_write, schemas.lrua_step)
 
 
 def memory_read(memory: Tensor, keys: Tensor, *, strength: float | Tensor | None = None, eps_mode: str = "sqrt", eps: float = 1e-6,
@@ -24,7 +24,7 @@ def memory_read(memory: Tensor, keys: Tensor, *, strength: float | Tensor | None
         keys: ``[B, R, M]``, same dtype.
         strength: factor on the cosine: a number, ``[B, R]`` (it may want a gradient), or None for 1, as the paper has it.
         eps_mode, eps: of the cosine, as in :func:`cosine_attention`; ``eps > 0``.
-        backend: ``"cpp"``, ``"reference"``, or None for :func:`fastmeta.use_backend`, ``FASTMETA_BACKEND``, or the fastest that can run.
+        backend: ``"cpp"``, ``"triton"``, ``"reference"``, or None for :func:`fastmeta.use_backend`, ``FASTMETA_BACKEND``, or the fastest that can run.
 
     Returns:
         ``(read [B, R, M], weights [B, R, N])`` in the dtype of ``memory``; computed in float32 at least. Inside autocast it runs in
@@ -41,11 +41,12 @@ def memory_read(memory: Tensor, keys: Tensor, *, strength: float | Tensor | None
     check_choice(name, "eps_mode", eps_mode, EPS_MODES)
     check_eps(name, eps)
     memory, keys, strengths = given.tensors
-    if _backend.select(backend, memory.device.type, name) == "reference":
+    chosen = _backend.select(backend, memory.device.type, name)
+    if chosen == "reference":
         with without_autocast(given.autocast, memory.device.type):
             results = reference.memory_read(memory, keys, strength=number if strengths is None else strengths, eps_mode=eps_mode, eps=eps)
     else:
-        results = _operations[name](memory, keys, strengths, number, EPS_MODES.index(eps_mode), float(eps))
+        results = _operations[chosen, name](memory, keys, strengths, number, EPS_MODES.index(eps_mode), float(eps))
     return restore(results, given.dtype)
 
 
@@ -72,11 +73,12 @@ def lrua_write(memory: Tensor, usage: Tensor, read_weights: Tensor, add: Tensor,
                            "add": (add, "B R M"), "gate": (gate, "B R")})
     check_heads(name, given.sizes)
     check_choice(name, "least_used", least_used, LEAST_USED)
-    if _backend.select(backend, memory.device.type, name) == "reference":
+    chosen = _backend.select(backend, memory.device.type, name)
+    if chosen == "reference":
         with without_autocast(given.autocast, memory.device.type):
             results = reference.lrua_write(*given.tensors, least_used=least_used)
     else:
-        results = _operations[name](*given.tensors, LEAST_USED.index(least_used))
+        results = _operations[chosen, name](*given.tensors, LEAST_USED.index(least_used))
     return restore(results, given.dtype)
 
 
@@ -104,12 +106,13 @@ def lrua_step(memory: Tensor, usage: Tensor, read_weights: Tensor, keys: Tensor,
     check_heads(name, given.sizes)
     check_step_options(name, least_used, read_before_write, eps_mode, eps, usage_decay)
     *tensors, strengths = given.tensors
-    if _backend.select(backend, memory.device.type, name) == "reference":
+    chosen = _backend.select(backend, memory.device.type, name)
+    if chosen == "reference":
         with without_autocast(given.autocast, memory.device.type):
             results = reference.lrua_step(*tensors, strength=number if strengths is None else strengths, least_used=least_used,
                                           read_before_write=read_before_write, eps_mode=eps_mode, eps=eps, usage_decay=usage_decay)
     else:
-        results = _operations[name](*tensors, strengths, number, LEAST_USED.index(least_used), read_before_write,
+        results = _operations[chosen, name](*tensors, strengths, number, LEAST_USED.index(least_used), read_before_write,
                                     EPS_MODES.index(eps_mode), float(eps), float(usage_decay))
     return restore(results, given.dtype)
 

@@ -1,5 +1,7 @@
 """A whole episode of MANN as one operation: Santoro et al. (2016), section 3.2 and appendix A.1."""
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from ..reference.lrua_memory import LEAST_USED
 from ..reference.mann_episode import MANNState
 from ._arguments import INTEGERS, prepare, restore, without_autocast
 from ._autograd import differentiable
-from .lrua_memory import check_heads, check_step_options, split_strength
+from .lrua_memory import check_heads, check_step_options, lrua_step, split_strength
 
 _operation = differentiable(schemas.mann_episode)
 
@@ -35,7 +37,7 @@ def mann_episode(inputs: Tensor, state: MANNState, weight_ih: Tensor, weight_hh:
         head_weight, head_bias: ``[P, H]``, ``[P]``; rows: the keys (R M), the add vectors (R M, with ``own_add``), the gates (R), the
             strengths (R, with ``strength="learned"``).
         lengths: integer ``[B]`` in [0, T]: from its end on an episode keeps its state and its outputs are 0, whatever its inputs hold. One out
-            of range is a ValueError; but the kernels of the GPU cannot tell without waiting for the device: there, outputs and state of its
+            of range is a ValueError; but the CUDA C++ kernels cannot tell without waiting for the device: there, outputs and state of its
             episode are NaN.
         own_add: whether the heads have add vectors; else the keys are written.
         strength: factor on the cosine: None for 1, a number, or ``"learned"``, one of each head and step.
@@ -74,15 +76,16 @@ def mann_episode(inputs: Tensor, state: MANNState, weight_ih: Tensor, weight_hh:
     weight_ih, weight_hh, bias, head_weight, head_bias = weights.tensors[1:]
     if lengths is not None:
         lengths = _check_lengths(name, lengths, inputs, batch)
-    chosen = _backend.select(backend, inputs.device.type, name)
-    if chosen == "reference":
+    chosen = _backend.select(backend, inputs.device.type, name, "lrua_step")
+    if chosen != "cpp":  # step by step; on Triton, the memory's part of a step is one launch
+        step = reference.lrua_step if chosen == "reference" else functools.partial(lrua_step, backend=chosen)
         if lengths is not None:
             _check_lengths_in_range(name, lengths, steps)
         with without_autocast(given.autocast, inputs.device.type):
             outputs, state = reference.mann_episode(
                 inputs, MANNState(*state), weight_ih, weight_hh, bias, head_weight, head_bias, lengths=lengths, own_add=own_add,
                 strength="learned" if learned else number, least_used=least_used, read_before_write=read_before_write,
-                eps_mode=eps_mode, eps=eps, usage_decay=usage_decay)
+                eps_mode=eps_mode, eps=eps, usage_decay=usage_decay, lrua_step=step)
     else:
         outputs, *state = _operation(
             inputs, torch.cat([weight_ih, weight_hh], 1), bias, head_weight, head_bias, *state, lengths, own_add, learned, number,

@@ -10,6 +10,7 @@
     output_t = [h_t, r_t]
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -34,12 +35,13 @@ class MANNState(NamedTuple):
 def mann_episode(inputs: Tensor, state: MANNState, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor, head_weight: Tensor,
                  head_bias: Tensor, *, lengths: Tensor | None = None, own_add: bool = True, strength: float | str | None = None,
                  least_used: str = "per_head", read_before_write: bool = False, eps_mode: str = "sqrt", eps: float = 1e-6,
-                 usage_decay: float = 0.95) -> tuple[Tensor, MANNState]:
+                 usage_decay: float = 0.95, lrua_step: Callable = lrua_step) -> tuple[Tensor, MANNState]:
     """All the steps of a batch of episodes: ``(outputs [T, B, H + R M], state)``.
 
     ``inputs [T, B, I]``; ``weight_ih [4H, I + R M]``, ``weight_hh [4H, H]``, ``bias [4H]``; ``head_weight [P, H]``, ``head_bias [P]``, whose
     rows are the keys (R M), the add vectors (R M; with ``own_add=False`` there are none, and the keys are written), the gates (R), and with
     ``strength="learned"`` the strengths (R). ``lengths`` int ``[B]``: from its end on an episode keeps its state and its outputs are 0.
+    ``lrua_step``: what does the memory's part of a step.
     """
     heads, width = state.read.shape[-2:]
     sizes = [heads * width, heads * width * own_add, heads, heads * (strength == "learned")]

@@ -6,5 +6,7 @@ reported: it makes every log-probability of its episode NaN. Every kernel starts
 
 from .cosine_attention import (cosine_attention, cosine_attention_backward, matching_log_probs, matching_log_probs_backward,
                                supports)
+from .lrua_memory import lrua_step, lrua_step_backward, lrua_write, lrua_write_backward, memory_read, memory_read_backward
 
-__all__ = ["cosine_attention", "cosine_attention_backward", "matching_log_probs", "matching_log_probs_backward", "supports"]
+__all__ = ["cosine_attention", "cosine_attention_backward", "lrua_step", "lrua_step_backward", "lrua_write", "lrua_write_backward",
+           "matching_log_probs", "matching_log_probs_backward", "memory_read", "memory_read_backward", "supports"]

@@ -1,7 +1,6 @@
 """The one place where kernels start and device memory is allocated.
 
-The tests replace both functions: ``launch`` by a machine that executes the compiled kernel, ``empty`` by memory that knows what was
-written.
+The tests replace these functions: ``launch`` by a machine that executes the compiled kernel, the others by such whose memory it knows.
 """
 
 import torch
@@ -10,6 +9,11 @@ import torch
 def empty(shape, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Uninitialised memory for a result or for scratch."""
     return torch.empty(shape, dtype=dtype, device=device)
+
+
+def contiguous(t: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, or a copy that is contiguous."""
+    return t.contiguous()
 
 
 def launch(kernel, grid: int, arguments: dict, constants: dict, num_warps: int, num_stages: int) -> None:
