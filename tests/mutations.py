@@ -1,6 +1,6 @@
-"""Deliberate faults in the kernels of the GPU, one at a time; a case of test_gpu_kernels.py, or of test_gpu_mann.py, must catch each.
+"""Deliberate faults in the kernels of the GPU, one at a time; a case of test_gpu_kernels.py, test_gpu_lrua_memory.py or test_gpu_mann.py must catch each.
 
-    python tests/mutations.py [--kernels cuda | triton | mann] [--only NAME]
+    python tests/mutations.py [--kernels cuda | triton | mann | lrua-triton] [--only NAME]
 
 A fault is one piece of source in place of another. The kernels with it are compiled and run on the PTX machine, case after case, until one
 fails: the machine finds something, a number is wrong, or another order gives other bits. Prints a Markdown table. The exit status is 1 if a
@@ -24,6 +24,7 @@ import emulation
 import numpy as np
 import ptx
 import test_gpu_kernels
+import test_gpu_lrua_memory
 import test_gpu_mann
 
 from fastmeta import reference
@@ -239,6 +240,30 @@ MANN = [  # of mann_episode.cu and the lrua_memory.h it includes
 ]
 
 
+LRUA_TRITON = [
+    Fault("chosen-unseen", "slots are used before all threads see which were chosen",
+          "tl.store(slots + j, last_slot)\n    tl.debug_barrier()", "tl.store(slots + j, last_slot)"),
+    Fault("scores-unseen", "the softmax begins before all scores are there",
+          "_strength(strengths, strength, has_strengths, j) * cosines, True, BLOCK_N)\n    tl.debug_barrier()",
+          "_strength(strengths, strength, has_strengths, j) * cosines, True, BLOCK_N)"),
+    Fault("tie-by-the-highest", "of slots of equal usage the last one is chosen",
+          "last_slot = tl.min(tl.where(least == last, slot, N), 0)", "last_slot = tl.max(tl.where(least == last, slot % N, -1), 0)"),
+    Fault("negative-zero", "-0 comes before 0", "tl.where(usage == 0, 0.0, usage)", "usage"),
+    Fault("one-mark", "with shared marks a head has its own slot only", "tl.where(shared != 0, R, j + 1)", "tl.where(shared != 0, j + 1, j + 1)"),
+    Fault("not-erased", "the least used slot keeps what it held", "x = tl.where((n == erased)[:, None], 0.0, x)", "x = x + 0"),
+    Fault("erased-gradient", "what was erased has a gradient", "g = tl.where((n == erased)[:, None], 0.0, g)", "g = g + 0"),
+    Fault("unused-writes", "usage does not count what was written", "used += _load(weights, j, i, N, BLOCK_N) + write_weights", "used += _load(weights, j, i, N, BLOCK_N)"),
+    Fault("no-mean", "the softmax's derivative lacks the mean", "* (slope - mean)", "* slope"),
+    Fault("wrong-radial", "the part of the gradient along a row is that of another eps_mode",
+          "radial += along * inverse * inverse * key_square", "radial += along * inverse * key_square"),
+    Fault("lost-radial", "the memory's gradient lacks the part along a row", "of_memory -= (radial * scale)[:, None] * x", "of_memory += 0 * x"),
+    Fault("gate-without-marks", "the gradient of a gate lacks the least used slots", " - tl.where(least, 1.0, 0.0)", ""),
+    Fault("out-of-range", "rows whose squares overflow or vanish are left as they are",
+          "tl.where(largest > 0, ((TOP - exponent) << DIGITS).to(largest.dtype, bitcast=True), 1.0)", "tl.where(largest > 0, 1.0, 1.0).to(largest.dtype)"),
+    Fault("unscaled-key", "the gradient of a scaled key lacks its scale", "sums = key_scale * (sums - by_key", "sums = (sums - by_key"),
+]
+
+
 # ---- running them ----------------------------------------------------------------------------------------------------------------------
 
 def with_headers(path: Path) -> str:
@@ -261,19 +286,19 @@ def cuda_kernels(source: str, faults: list[Fault]):
     return kernels
 
 
-def triton_kernels(source: str, faults: list[Fault]):
-    """The same. A fault is a module of the same name: what it does not touch is not compiled again."""
+def triton_kernels(name: str, source: str, faults: list[Fault]):
+    """The same, of the module ``name``. A fault is a module of the same name: what it does not touch is not compiled again."""
     import fastmeta.triton
 
     @contextlib.contextmanager
     def kernels(fault: Fault | None):
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "cosine_attention.py")
+            path = Path(folder, f"{name}.py")
             path.write_text(source.replace(fault.old, fault.new) if fault else source)
-            spec = importlib.util.spec_from_file_location("fastmeta.triton.cosine_attention", path)
+            spec = importlib.util.spec_from_file_location(f"fastmeta.triton.{name}", path)
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
-            with mock.patch.multiple(fastmeta.triton, **{name: getattr(module, name) for name in fastmeta.triton.__all__}):
+            with mock.patch.multiple(fastmeta.triton, **{name: getattr(module, name) for name in fastmeta.triton.__all__ if hasattr(module, name)}):
                 yield emulation.TritonEmulator
     return kernels
 
@@ -286,6 +311,11 @@ def tensors_of_attention(case) -> list[str]:
 
 def tensors_of_mann(case) -> list[str]:
     return ["outputs", *reference.MANNState._fields, *(f"gradient of {name}" for name, x in test_gpu_mann.inputs(case)[0].items() if x.requires_grad)]
+
+
+def tensors_of_lrua(case) -> list[str]:
+    results = {"memory_read": ("read", "weights"), "lrua_write": ("memory", "write weights"), "lrua_step": ("read", "memory", "usage", "weights")}
+    return [*results[case.name], *(f"gradient of {name}" for name, x in test_gpu_lrua_memory.inputs(case)[0].items() if x.requires_grad)]
 
 
 class Kernels(NamedTuple):
@@ -301,8 +331,10 @@ class Kernels(NamedTuple):
 KERNELS = {
     "cuda": Kernels("cpp", CUDA, (emulation.ROOT / "csrc/cuda/cosine_attention.cu").read_text, emulation.cuda_is_missing, cuda_kernels,
                     test_gpu_kernels, tensors_of_attention),
-    "triton": Kernels("triton", TRITON, (emulation.ROOT / "fastmeta/triton/cosine_attention.py").read_text, emulation.triton_is_missing, triton_kernels,
-                      test_gpu_kernels, tensors_of_attention),
+    "triton": Kernels("triton", TRITON, (emulation.ROOT / "fastmeta/triton/cosine_attention.py").read_text, emulation.triton_is_missing,
+                      functools.partial(triton_kernels, "cosine_attention"), test_gpu_kernels, tensors_of_attention),
+    "lrua-triton": Kernels("triton", LRUA_TRITON, (emulation.ROOT / "fastmeta/triton/lrua_memory.py").read_text, emulation.triton_is_missing,
+                           functools.partial(triton_kernels, "lrua_memory"), test_gpu_lrua_memory, tensors_of_lrua),
     "mann": Kernels("cpp", MANN, functools.partial(with_headers, emulation.ROOT / "csrc/cuda/mann_episode.cu"), emulation.cuda_is_missing, cuda_kernels,
                     test_gpu_mann, tensors_of_mann)}
 

@@ -73,6 +73,7 @@ def inputs(case: Case):
         options |= dict(eps_mode=case.eps_mode, eps=case.eps)
     if case.state == "ties":
         tensors["usage"] = tensors["usage"] // 20
+        tensors["usage"][:, 1::2] *= torch.where(tensors["usage"][:, 1::2] == 0, -1, 1)  # both zeros are the same
     if case.state == "hard":
         with torch.no_grad():
             tensors["memory"][:, 0] = 0
