@@ -152,7 +152,8 @@ class Launch(NamedTuple):
 class Cuda:
     """The kernels of ``csrc/cuda``, as nvcc makes them: PTX of sm_80, which ptxas compiles for each architecture.
 
-    ``Cuda()(name, *arguments)`` runs the host code of an operation and none of its kernels: what it would launch is in ``planned``.
+    ``Cuda()(name, *arguments)`` runs the host code of an operation and none of its kernels: what it would launch is in ``planned``, how many kernels
+    of PyTorch's it would run beside in ``computations``.
     """
 
     title = "CUDA C++"
@@ -160,7 +161,7 @@ class Cuda:
     emulator = emulation.CudaEmulator
 
     def __init__(self):
-        self.planned = []
+        self.planned, self.computations = [], 0
 
     def __call__(self, name: str, *arguments):
         return emulation.CudaEmulator().run(self, name, arguments)
@@ -169,7 +170,7 @@ class Cuda:
         pass
 
     def computed(self, address, size):
-        pass
+        self.computations += 1
 
     def launch(self, kernel, grid, block, shared, parameters):
         def resources(architecture):
@@ -203,6 +204,9 @@ class Triton(emulation.TritonEmulator):
         return self.run(self, name, arguments)
 
     def allocated(self, address, size):
+        pass
+
+    def computed(self, address, size):
         pass
 
     def launch(self, call, kernel, grid, arguments, constants, options):

@@ -2,8 +2,9 @@
 
     python bench/gpu_costs_mann.py [--json FILE]
 
-prints Markdown. It counts as gpu_costs.py does, with the machine of ``tests/ptx``, on CUDA C++ kernels in float32; a training step's worth: the
-forward saves what the backward needs, all gradients are wanted. Options are those of the default preset, ``snowkylin``.
+prints Markdown. It counts as gpu_costs.py does, with the machine of ``tests/ptx``, in float32: episodes in CUDA C++, and steps of the memory in
+Triton too. A training step's worth: the forward saves what the backward needs, all gradients are wanted. Options are those of the default preset,
+``snowkylin``.
 """
 
 import argparse
@@ -19,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import emulation  # noqa: E402
-from gpu_costs import ARCHITECTURES, DIRECTIONS, SECTOR, Cuda, Launch, Launches, _bytes, _kernels_of, _of_kernels, _table  # noqa: E402
+from gpu_costs import BACKENDS, DIRECTIONS, SECTOR, Launch, Launches, _bytes, _kernels_of, _of_kernels, _table  # noqa: E402
 
 from fastmeta import reference, schemas  # noqa: E402
 from fastmeta.reference.cosine_attention import EPS_MODES  # noqa: E402
@@ -112,12 +113,13 @@ def fewest_bytes(operation: str, direction: str, tensors: dict[str, Tensor], res
 
 
 class Cost(NamedTuple):
-    """One call in one direction. Bytes are of global memory, reads and writes together, of all launches of ours but, where it is said, the weights."""
+    """One call in one direction. All but the first two numbers are of the first launch, which does the work. Bytes are of global memory, reads and
+    writes together."""
 
     launches: tuple[Launch, ...]
     products: int  # of the library
     fewest: int
-    dram: int  # distinct sectors of each launch, without the weights
+    dram: int  # distinct sectors, without the weights
     requested: int  # by threads, without the weights
     weights: int  # requested of the weights: from L2
     distinct_weights: int
@@ -126,22 +128,21 @@ class Cost(NamedTuple):
     ideal_transactions: int
 
 
-def plan(operation: str, tensors: dict[str, Tensor]) -> list[list[Launch]]:
+def plan(backend, operation: str, tensors: dict[str, Tensor]) -> list[list[Launch]]:
     """What is launched forward and what backward; nothing runs."""
-    run, found = Cuda(), []
+    run, found = backend(), []
     for _ in call(run, operation, tensors):
         found.append(run.planned)
         run.planned = []
     return found
 
 
-def costs(operation: str, shape) -> dict[str, Cost]:
-    """``{direction: Cost}``. An episode is a block, so that one is executed for all, and what it costs is multiplied; but the weights are the same,
-    and the sums of the biases' gradients, a small second launch, are as long as the batch."""
+def costs(backend, operation: str, shape) -> dict[str, Cost]:
+    """``{direction: Cost}``. An episode is a block, so that one is executed for all, and what it costs is multiplied; but the weights are the same."""
     batch = shape[1 if operation == "mann_episode" else 0]
     make = episode_example if operation == "mann_episode" else step_example
-    plans = plan(operation, make(shape, batch))
-    tensors, emulator, found = make(shape, 1), emulation.CudaEmulator(), {}
+    plans = plan(backend, operation, make(shape, batch))
+    tensors, emulator, found = make(shape, 1), backend.emulator(), {}
     for direction, launches, (given, results) in zip(DIRECTIONS, plans, call(emulator, operation, tensors)):
         run = emulator.calls.pop()
         if direction == "forward":
@@ -149,19 +150,16 @@ def costs(operation: str, shape) -> dict[str, Cost]:
         weights = {f"argument {i}" for i, t in enumerate(given) if any(t is tensors.get(name) for name in WEIGHTS)}
         total = dict.fromkeys(("dram", "requested", "weights", "instructions", "transactions", "ideal"), 0)
         distinct = 0
-        for launch in run.launches:
-            r = launch.report
-            for name, b in r.buffers.items():
-                requested, sectors = b.read + b.written, SECTOR * (b.unique_sectors_read + b.unique_sectors_written)
-                if name in weights:
-                    total["weights"] += requested
-                    distinct += sectors
-                else:
-                    total["requested"] += requested
-                    total["dram"] += sectors
-            total["instructions"] += r.instructions
-            total["transactions"] += r.shared_transactions
-            total["ideal"] += r.shared_ideal_transactions
+        r = run.launches[0].report
+        for name, b in r.buffers.items():
+            requested, sectors = b.read + b.written, SECTOR * (b.unique_sectors_read + b.unique_sectors_written)
+            if name in weights:
+                total["weights"] += requested
+                distinct += sectors
+            else:
+                total["requested"] += requested
+                total["dram"] += sectors
+        total |= dict(instructions=r.instructions, transactions=r.shared_transactions, ideal=r.shared_ideal_transactions)
         fewest = fewest_bytes(operation, direction, tensors, forward)
         found[direction] = Cost(tuple(launches), run.computations, fewest * batch, total["dram"] * batch, total["requested"] * batch,
                                 total["weights"] * batch, distinct, total["instructions"] * batch, total["transactions"] * batch, total["ideal"] * batch)
@@ -201,14 +199,13 @@ class Device(NamedTuple):
 
 
 PHASES = {"forward": 6, "backward": 8}  # barriers of a step
+ASSUMPTIONS = ("Steps depend on each other, so a block takes the time of its T steps: its weights from L2 or its instructions, whichever is longer, and the latency "
+               "of each phase, which nothing hides. Instructions are those of PTX, of which ptxas leaves fewer. Blocks run side by side, one on a processor. Then "
+               "DRAM, launches and the library's products, one after the other.")
 
 
 def estimate(shape, direction: str, cost: Cost, device: Device = Device()) -> dict[str, float]:
-    """Seconds of one episode batch: that of its parts which come one after the other.
-
-    Steps depend on each other, so a block's time is that of its T steps: its weights from L2, its instructions, whichever is longer, and the latency of
-    each phase. Blocks run side by side, as long as there are processors.
-    """
+    """Seconds of a batch of episodes by :data:`ASSUMPTIONS`, and what they are made of."""
     steps, batch, inputs, hidden, *_ = shape
     waves = -(-batch // device.processors)
     weights = cost.weights / batch
@@ -225,25 +222,26 @@ def estimate(shape, direction: str, cost: Cost, device: Device = Device()) -> di
 
 HEADING = """# Costs of the GPU kernels of MANN, counted
 
-**No GPU has run this.** CUDA C++ kernels, float32, PTX of sm_80, executed by an emulator that counts. Episodes are (T, B, I, H, N, M, R), steps (B, N, M, R).
+**No GPU has run this.** float32, PTX of sm_80, executed by an emulator that counts. Episodes are (T, B, I, H, N, M, R), steps (B, N, M, R).
 
-* *launches*: kernels of ours + products of the library; *eager*: operations of PyTorch that launch at least one kernel.
+* *launches*: kernels of ours + products of the library; *eager*: operations of PyTorch that launch at least one kernel. What follows is of the first launch, which
+  does the work; the second one of an episode's backward reads the gradients of gates and heads once more, and sums them to those of the biases.
 * *fewest*: bytes that the kernel must read and write once; *DRAM*: distinct 32-byte sectors it touches; *requested*: what its threads ask for; *eager*: bytes
   of the inputs and outputs of all operations of PyTorch. All over the fewest. Without the recurrent weights: *weights* are what all steps of all episodes read of them, from L2.
 * *banks*: transactions of shared memory over the fewest without bank conflicts. *instructions*: of threads."""
 
 
 def _rows(found, eager):
-    for operation, shape, by_direction in found:
+    for backend, operation, shape, by_direction in found:
         for direction, c in by_direction.items():
             peer = eager.get((shape, direction)) if operation == "mann_episode" else None
-            yield (f"`{operation}` {shape}", direction, f"{len(c.launches)} + {c.products}", len(peer.names) if peer else "", f"{c.fewest / 1e6:.2f}",
+            yield (f"{backend} `{operation}` {shape}", direction, f"{len(c.launches)} + {c.products}", len(peer.names) if peer else "", f"{c.fewest / 1e6:.2f}",
                    f"{c.dram / c.fewest:.2f}x", f"{c.requested / c.fewest:.2f}x", f"{peer.bytes / c.fewest:.0f}x" if peer else "",
-                   f"{c.weights / 1e6:,.0f}", f"{c.transactions / max(c.ideal_transactions, 1):.2f}x", f"{c.instructions / 1e6:,.0f}")
+                   f"{c.weights / 1e6:,.0f}" if c.weights else "", f"{c.transactions / c.ideal_transactions:.2f}x" if c.ideal_transactions else "", f"{c.instructions / 1e6:,.0f}")
 
 
 def _estimates(found, eager):
-    for operation, shape, by_direction in found:
+    for _, operation, shape, by_direction in found:
         if operation != "mann_episode":
             continue
         for direction, c in by_direction.items():
@@ -257,21 +255,24 @@ def main(arguments=None) -> int:
     parser.add_argument("--json", type=Path, help="write the numbers there, too")
     options = parser.parse_args(arguments)
     print(HEADING + "\n")
-    if missing := Cuda.missing():
-        print(f"Not counted: {missing}.")
+    if missing := [f"{backend.title}: {reason}" for backend in BACKENDS.values() if (reason := backend.missing())]:
+        print("Not counted:", *missing)
         return 1
-    found = [("mann_episode", shape, costs("mann_episode", shape)) for shape in EPISODES] + [("lrua_step", shape, costs("lrua_step", shape)) for shape in STEPS]
+    cuda = BACKENDS["cuda"]
+    found = [(cuda.title, "mann_episode", shape, costs(cuda, "mann_episode", shape)) for shape in EPISODES]
+    found += [(backend.title, "lrua_step", shape, costs(backend, "lrua_step", shape)) for backend in BACKENDS.values() for shape in STEPS]
     eager = {(shape, direction): launches for shape in EPISODES for direction, launches in eager_launches(shape).items()}
-    print(_table(("CUDA C++", "", "launches", "eager", "fewest MB", "DRAM", "requested", "eager", "weights MB", "banks", "million instructions"), _rows(found, eager)))
+    print(_table(("", "", "launches", "eager", "fewest MB", "DRAM", "requested", "eager", "weights MB", "banks", "million instructions"), _rows(found, eager)))
     print("\n## An estimate of time, in milliseconds\n")
-    print(f"From these counts and {Device()}: {estimate.__doc__.partition(chr(10))[2].strip()}\n")
+    print(f"From these counts and {Device()}. {ASSUMPTIONS}\n")
     print(_table(("(T, B, I, H, N, M, R)", "", "weights from L2", "instructions", "latency", "DRAM", "launches", "in all", "eager's launches alone"), _estimates(found, eager)))
     kernels = _kernels_of(launch for *_, by_direction in found for c in by_direction.values() for launch in c.launches)
     print("\n" + _of_kernels(kernels))
     if options.json:
         options.json.write_text(json.dumps([
-            {"operation": operation, "shape": shape, "direction": direction, **c._asdict(), "launches": [launch.kernel for launch in c.launches]}
-            for operation, shape, by_direction in found for direction, c in by_direction.items()], indent=1))
+            {"backend": backend, "operation": operation, "shape": shape, "direction": direction, **c._asdict(),
+             "launches": [launch.kernel for launch in c.launches]}
+            for backend, operation, shape, by_direction in found for direction, c in by_direction.items()], indent=1))
     return 0
 
 

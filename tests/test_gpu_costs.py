@@ -10,9 +10,12 @@ import emulation
 import pytest
 import torch
 
+from fastmeta import functional, reference
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
 import gpu_costs  # noqa: E402
+import gpu_costs_mann  # noqa: E402
 from gpu_costs import ARCHITECTURES, BACKENDS, DIRECTIONS, OPERATIONS, SHAPES, Resources  # noqa: E402
 
 FEW = [(1, 75, 25, 64, 5), (32, 75, 25, 1600, 5)]
@@ -51,6 +54,8 @@ MISSED = {
        for call in ("forward-triton-matching_log_probs-32x75x25x64x5", "backward-triton-matching_log_probs-32x75x25x64x5",
                     "backward-triton-cosine_attention-1x75x5x64x5", "backward-triton-cosine_attention-32x75x25x64x5")},
     ("test_spills[triton", "16x300x100x512x20-float32-90"): "some bytes: 20 columns are a chunk of 64",
+    ("test_bytes_of_a_step[", "triton"):
+        "1.47x forward, 1.27x backward: the memory after the write, and its gradient, are read again tile by tile; one tile of all would spill registers",
     ("test_occupancy_of_sm_90[triton",): "12%: more than 128 registers at 256 threads",
 }
 
@@ -106,6 +111,91 @@ def test_no_kernel_of_csrc_spills(compiler, architecture):
     kernels = gpu_costs.Cuda.kernels(architecture)
     assert kernels.keys() == set().union(*(emulation.cuda_ptx(path).kernels for path in emulation.CUDA_SOURCES))
     assert not {name: spills for name, (_, spills) in kernels.items() if spills}
+
+
+# ---- MANN --------------------------------------------------------------------------------------------------------------------------------
+
+PAPER = (50, 1, 405, 200, 128, 40, 4)  # T, B, I, H, N, M, R
+STEP = (16, 128, 40, 4)  # B, N, M, R
+of_steps = pytest.mark.parametrize("compiler", BACKENDS, indirect=True)
+
+
+@functools.cache
+def counted_mann(compiler, operation, shape):
+    return gpu_costs_mann.costs(BACKENDS[compiler], operation, shape)
+
+
+@with_cuda
+@pytest.mark.parametrize("steps", [1, 8, 50, 400])
+def test_launches_of_an_episode(compiler, steps):
+    """Whatever T is: forward two of the operation's, and one of PyTorch's, which puts the weights side by side; backward five."""
+    tensors = gpu_costs_mann.episode_example((steps, *PAPER[1:]), 1)
+    run, launches = gpu_costs.Cuda(), []
+    for _ in gpu_costs_mann.call(run, "mann_episode", tensors):
+        launches.append(len(run.planned) + run.computations)
+        run.planned, run.computations = [], 0
+    assert launches == [2, 5]
+
+
+@with_cuda
+def test_launches_of_the_function(compiler):
+    t = gpu_costs_mann.episode_example((3, 1, 5, 6, 7, 2, 2), 1)
+    weight_ih, weight_hh = t["weight"].split([5 + 4, 6], 1)
+    state = reference.MANNState(*(t[name] for name in reference.MANNState._fields))
+    with emulation.emulated("cpp", emulation.CudaEmulator()), gpu_costs.Launches() as counted:
+        functional.mann_episode(t["inputs"], state, weight_ih, weight_hh, t["bias"], t["head_weight"], t["head_bias"])
+    assert counted.names == ["cat", "fastmeta::mann_episode"]
+
+
+@with_cuda
+@pytest.mark.parametrize("direction, requested", [("forward", 1.25), ("backward", 3.5)])
+def test_bytes_of_an_episode(compiler, direction, requested):
+    """Of the kernel of all steps. Its backward asks the caches twice for each checkpoint of the preset that reads before it writes, at each step."""
+    cost = counted_mann(compiler, "mann_episode", PAPER)[direction]
+    assert 1 <= cost.dram / cost.fewest <= 1.05
+    assert 1 <= cost.requested / cost.fewest <= requested
+    steps, _, _, hidden, _, width, heads = PAPER
+    weights = 4 * hidden * (heads * width + hidden) + heads * (2 * width + 1) * hidden
+    # Each step reads each weight once; down the columns a warp has 128, and where there are fewer the last one stands in.
+    assert 1 <= cost.weights / (4 * steps * weights) <= {"forward": 1, "backward": 1.15}[direction]
+    assert cost.transactions <= 1.02 * cost.ideal_transactions
+
+
+@of_steps
+@of_directions
+def test_bytes_of_a_step(compiler, direction):
+    cost = counted_mann(compiler, "lrua_step", STEP)[direction]
+    assert len(cost.launches) == 1 and not cost.products
+    assert 1 <= cost.dram / cost.fewest <= 1.25
+
+
+@of_steps
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_spills_of_a_step(compiler, architecture):
+    for shape in (STEP, (16, 1024, 64, 4)):
+        launches = itertools.chain(*gpu_costs_mann.plan(BACKENDS[compiler], "lrua_step", gpu_costs_mann.step_example(shape, 1)))
+        assert not {launch.kernel: r for launch in launches if (r := launch.resources(architecture)).spills}
+
+
+@with_cuda
+def test_an_episode_of_the_papers_size_fits(compiler):
+    """Shared memory of a block: what sm_86, 89 and 120 have is enough, 99 KB; sm_80 has 163, sm_90 227."""
+    for launches in gpu_costs_mann.plan(BACKENDS[compiler], "mann_episode", gpu_costs_mann.episode_example(PAPER, 1)):
+        assert "large" not in launches[0].kernel
+        assert launches[0].resources(90).shared <= 99 * 1024
+
+
+@with_cuda
+def test_command_of_mann(compiler, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(gpu_costs_mann, "EPISODES", [(3, 2, 5, 6, 7, 2, 2)])
+    monkeypatch.setattr(gpu_costs_mann, "STEPS", [(2, 7, 2, 2)])
+    monkeypatch.setattr(gpu_costs_mann, "BACKENDS", {"cuda": gpu_costs.Cuda})
+    assert gpu_costs_mann.main(["--json", str(tmp_path / "costs.json")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("**No GPU has run this") for line in lines) and "## An estimate of time, in milliseconds" in lines
+    assert sum("(3, 2, 5, 6, 7, 2, 2)" in line for line in lines) == 4
+    found = json.loads((tmp_path / "costs.json").read_text())
+    assert [(c["operation"], c["direction"]) for c in found] == list(itertools.product(("mann_episode", "lrua_step"), DIRECTIONS))
 
 
 # ---- that it counts right ----------------------------------------------------------------------------------------------------------------

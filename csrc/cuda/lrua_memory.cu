@@ -6,14 +6,6 @@
 namespace fastmeta {
 namespace {
 
-// The memory of this block, on the chip or, where a row is too large for it, not.
-template <bool kOnChip, typename T> __device__ __forceinline__ Arena arena_of(const LruaStep<T>& p) {
-  if constexpr (kOnChip)
-    return Arena(shared_memory);
-  else
-    return Arena(p.scratch + blockIdx.x * p.scratch_size);
-}
-
 template <typename T> __device__ __forceinline__ void load_step(const LruaStep<T>& p, const LruaForwardMemory<T>& to) {
   const Lrua<T>& lrua = p.lrua;
   const int64_t b = blockIdx.x;
@@ -35,8 +27,7 @@ template <typename T> __device__ __forceinline__ void load_step(const LruaStep<T
 
 template <bool kOnChip, typename T> __device__ __forceinline__ void step_forward(const LruaForward<T>& p) {
   const Lrua<T>& lrua = p.lrua;
-  Arena arena = arena_of<kOnChip>(p);
-  const LruaForwardMemory<T> row(arena, lrua);
+  const auto& row = memory_of<LruaForwardMemory<T>, kOnChip>(p, lrua);
   const int64_t b = blockIdx.x, memory_at = b * lrua.slots * lrua.width, weights_at = b * lrua.heads * lrua.slots;
   const T* strengths = p.strengths ? row.strengths : nullptr;
   load_memory(lrua, p.memory + memory_at, row.memory);
@@ -59,8 +50,7 @@ template <bool kOnChip, typename T> __device__ __forceinline__ void step_forward
 
 template <bool kReads, bool kWrites, bool kOnChip, typename T> __device__ __forceinline__ void step_backward(const LruaBackward<T>& p) {
   const Lrua<T>& lrua = p.lrua;
-  Arena arena = arena_of<kOnChip>(p);
-  const LruaBackwardMemory<T> row(arena, lrua);
+  const auto& row = memory_of<LruaBackwardMemory<T>, kOnChip>(p, lrua);
   const LruaForwardMemory<T>& given = row.given;
   const int64_t b = blockIdx.x, memory_at = b * lrua.slots * lrua.width, weights_at = b * lrua.heads * lrua.slots;
   const bool after = kWrites && lrua.read_before_write;  // the gradient of the cosines belongs to the memory before the write

@@ -8,6 +8,8 @@
 // slots, for sums over slots. Padded to 8 more than a multiple of 32, neither way meets a bank twice.
 #pragma once
 
+#include <new>
+
 #include "common/lrua_memory.h"
 #include "cuda/kernel.h"
 
@@ -87,6 +89,24 @@ template <typename T> struct LruaBackwardMemory {
 };
 
 #ifdef __CUDACC__
+
+// The memory of this block: on the chip, or, where a row is too large for that, at its place in `scratch`. There pointers are of 64 bits, and kept
+// in shared memory themselves: in registers there is no room for all of them.
+template <typename Memory, bool kOnChip, typename Parameters, typename Of>
+__device__ __forceinline__ decltype(auto) memory_of(const Parameters& p, const Of& of) {
+  if constexpr (kOnChip) {
+    Arena arena(shared_memory);
+    return Memory(arena, of);
+  } else {
+    __shared__ alignas(16) unsigned char place[sizeof(Memory)];
+    if (threadIdx.x == 0) {
+      Arena arena(p.scratch + blockIdx.x * p.scratch_size);
+      new (place) Memory(arena, of);
+    }
+    __syncthreads();
+    return *reinterpret_cast<const Memory*>(place);
+  }
+}
 
 // ---- walks and sums ------------------------------------------------------------------------------------------------------------------------
 

@@ -5,20 +5,13 @@
 // recurrent weights: they are read from the L2 cache, in whole lines and many loads at a time, straight from the tensor of the caller. That is what a step
 // takes its time for; all else is small. The weights of the inputs and the gradients of all weights are products of the library, before and after.
 //
-// The backward has the memory of a step by doing the writes since the last checkpoint again, in registers' reach: at most kSegment of them. What the
+// The backward has the memory of a step by doing the writes since the last checkpoint again: at most kSegment of them, each a few operations a number. What the
 // tape has of these steps is read once, for the whole segment.
 
 #include "cuda/mann_episode.h"
 
 namespace fastmeta {
 namespace {
-
-template <bool kOnChip, typename T> __device__ __forceinline__ Arena arena_of(const MannEpisode<T>& p) {
-  if constexpr (kOnChip)
-    return Arena(shared_memory);
-  else
-    return Arena(p.scratch + blockIdx.x * p.scratch_size);
-}
 
 template <typename T> __device__ __forceinline__ T sigmoid(T x) { return 1 / (1 + exp(-x)); }
 
@@ -40,7 +33,7 @@ template <typename T> __device__ __forceinline__ const T* opaque(const T* at) {
 // store(i, begin(i) + sum_k weight[i][k] x[k]) for each row i. Rows are `stride` apart; a warp has four of them at a time.
 template <typename T, typename Begin, typename Store>
 __device__ __forceinline__ void multiply_rows(const T* weight, int64_t stride, int rows, int depth, const T* x, const Begin& begin, const Store& store) {
-  constexpr int kRows = 4;
+  constexpr int kRows = 4, kAhead = sizeof(T) == 4 ? 4 : 2;  // loads in flight: kRows x kAhead
 #pragma unroll 1
   for (int first = warp() * kRows; first < rows; first += kRowWarps * kRows) {
     const int own = first + lane() / (32 / kRows);
@@ -57,14 +50,14 @@ __device__ __forceinline__ void multiply_rows(const T* weight, int64_t stride, i
       for (int r = 0; r < kRows; ++r) sums[r] += __ldg(row[r] + ahead) * value;
     };
 #pragma unroll 1
-    for (; k + 3 * 32 < depth; k += 4 * 32) {
+    for (; k + (kAhead - 1) * 32 < depth; k += kAhead * 32) {
 #pragma unroll
-      for (int u = 0; u < 4; ++u) add(u * 32);
+      for (int u = 0; u < kAhead; ++u) add(u * 32);
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) row[r] += 4 * 32;
+      for (int r = 0; r < kRows; ++r) row[r] += kAhead * 32;
     }
 #pragma unroll
-    for (int u = 0; u < 4; ++u)
+    for (int u = 0; u < kAhead; ++u)
       if (k + u * 32 < depth) add(u * 32);
     const T sum = sum_each(sums);
     if (writes) store(own, at_first + sum);
@@ -105,8 +98,7 @@ template <typename T> __device__ __forceinline__ T sum_splits(const T* parts, in
 
 template <bool kOnChip, typename T> __device__ __forceinline__ void episode_forward(const MannForward<T>& e) {
   const Lrua<T>& p = e.lrua;
-  Arena arena = arena_of<kOnChip>(e);
-  const MannForwardMemory<T> row(arena, e);
+  const auto& row = memory_of<MannForwardMemory<T>, kOnChip>(e, e);
   T *weights = row.weights, *next_weights = row.next_weights;
   const int b = blockIdx.x, reads = p.reads(), carried = e.carried(), memory_count = p.slots * p.width, weights_count = p.heads * p.slots;
   bool bad;
@@ -253,8 +245,7 @@ template <typename T> struct Segment {
 
 template <bool kOnChip, typename T> __device__ __forceinline__ void episode_backward(const MannBackward<T>& e) {
   const Lrua<T>& p = e.lrua;
-  Arena arena = arena_of<kOnChip>(e);
-  const MannBackwardMemory<T> row(arena, e);
+  const auto& row = memory_of<MannBackwardMemory<T>, kOnChip>(e, e);
   const Segment<T> segment{e, row};
   T *now = row.weights, *before = row.before;
   const int b = blockIdx.x, reads = p.reads(), carried = e.carried(), memory_count = p.slots * p.width, weights_count = p.heads * p.slots;

@@ -1,8 +1,9 @@
 """memory_read, lrua_write and lrua_step, forward and backward. The mathematics is in ``reference/lrua_memory.py``, the contract of the
 operations in ``schemas/lrua_memory.py``.
 
-A program has an episode, and goes through its memory a tile of slots and columns at a time. A memory of usual size is one tile: it is
-loaded once, stays in registers, and the loops over tiles are no loops. Heads are a loop, so their number has no bound and is nothing that
+A program has an episode, and goes through its memory a tile of slots and columns at a time. A small memory is one tile: it is loaded once,
+stays in registers, and the loops over tiles are no loops. One of the paper's size is a few tiles, which come from the caches: as one tile it would
+spill registers. Heads are a loop, so their number has no bound and is nothing that
 a kernel is compiled for. What all threads of a program need of each other beyond a sum goes through device memory and a barrier: the
 chosen slots, the weights, and in the backward the slopes of the scores. There are no atomics: the same bits on every run.
 
@@ -467,15 +468,20 @@ class _Problem:
             memory=memory, usage=usage, before=before, keys=keys, add=add, gate=gate, strengths=strengths).items()}
         self.options = {"N": self.slots, "M": self.width, "R": self.heads, "strength": strength, "has_strengths": int(strengths is not None),
                         "shared": int(least_used), "eps_mode": eps_mode, "eps": max(eps, torch.finfo(self.dtype).tiny)}
+        self.constants = dict(READS=self.reads, WRITES=self.writes, BEFORE=bool(read_before_write))
+
+    def tiles(self, room: int) -> dict:
+        """Constants of a kernel that has registers for tiles of ``room`` float32: more, and ptxas would spill."""
         block_n, block_m = (max(16, triton.next_power_of_2(n)) for n in (self.slots, self.width))
-        room = 8192 if self.dtype == torch.float32 else 4096
-        self.on_chip = block_n * block_m <= room
-        if not self.on_chip:
+        room //= self.dtype.itemsize // 4
+        on_chip = block_n * block_m <= room
+        if not on_chip:
             block_n, block_m = room // 64, 64
-        self.tiles = triton.cdiv(self.slots, block_n)
-        self.constants = dict(READS=self.reads, WRITES=self.writes, BEFORE=bool(read_before_write), ON_CHIP=self.on_chip, BLOCK_N=block_n,
-                              BLOCK_M=block_m)
-        self.num_warps = 8 if block_n * block_m > 2048 else 4
+        return dict(ON_CHIP=on_chip, BLOCK_N=block_n, BLOCK_M=block_m)
+
+    def launch(self, kernel, arguments: dict, tiles: dict) -> None:
+        warps = max(4, tiles["BLOCK_N"] * tiles["BLOCK_M"] // 256)
+        device.launch(kernel, self.batch, arguments, {**self.constants, **tiles}, warps, 1)
 
     def empty(self, *shape, dtype=None) -> Tensor:
         return device.empty(shape, dtype or self.dtype, self.device)
@@ -498,8 +504,7 @@ def _forward(p: _Problem, usage_decay: float = 0.0) -> tuple[Tensor, Tensor, Ten
     """``(read, memory, usage, weights)``, without elements where there is none."""
     results = dict(read=p.vectors() if p.reads else p.none, written=p.memory() if p.writes else p.none,
                    new_usage=p.empty(p.batch, p.slots) if p.reads and p.writes else p.none, weights=p.weights())
-    device.launch(forward_kernel, p.batch, {**p.tensors, **results, "slots": p.numbers(torch.int32), **p.options, "usage_decay": usage_decay},
-                  p.constants, p.num_warps, 1)
+    p.launch(forward_kernel, {**p.tensors, **results, "slots": p.numbers(torch.int32), **p.options, "usage_decay": usage_decay}, p.tiles(4096))
     return tuple(results.values())
 
 
@@ -508,13 +513,14 @@ def _backward(p: _Problem, wanted: list, read, written, weights, of_read, of_wri
     gradients = [make() if want else p.none for want, make in zip(wanted, (p.memory, p.weights, p.vectors, p.vectors, p.numbers, p.numbers))]
     names = ("to_memory", "to_before", "to_keys", "to_add", "to_gate", "to_strengths")
     to = dict(zip(names, gradients))
-    if not p.on_chip and not wanted[0]:
+    tiles = p.tiles(2048)
+    if not tiles["ON_CHIP"] and not wanted[0]:
         to["to_memory"] = p.memory()
     given = dict(read=read, written=written, weights=weights, of_read=of_read, of_written=of_written, of_weights=of_weights)
-    device.launch(backward_kernel, p.batch,
-                  {**p.tensors, **{name: p.none if t is None else device.contiguous(t) for name, t in given.items()}, **to,
-                   "slots": p.numbers(torch.int32), "flow": p.weights(), "parts": p.empty(p.batch, p.heads, 2, p.tiles), **p.options,
-                   "needs": sum(1 << k for k, want in enumerate(wanted) if want)}, p.constants, p.num_warps, 1)
+    p.launch(backward_kernel, {**p.tensors, **{name: p.none if t is None else device.contiguous(t) for name, t in given.items()}, **to,
+                               "slots": p.numbers(torch.int32), "flow": p.weights(),
+                               "parts": p.empty(p.batch, p.heads, 2, triton.cdiv(p.slots, tiles["BLOCK_N"])), **p.options,
+                               "needs": sum(1 << k for k, want in enumerate(wanted) if want)}, tiles)
     return gradients
 
 
