@@ -199,7 +199,7 @@ class Device(NamedTuple):
 
 
 PHASES = {"forward": 6, "backward": 8}  # barriers of a step
-ASSUMPTIONS = ("Steps depend on each other, so a block takes the time of its T steps: its weights from L2 or its instructions, whichever is longer, and the latency "
+ASSUMPTIONS = ("Steps depend on each other, so a block takes the time of its T steps: what it asks of L2, weights and all, or its instructions, whichever is longer, and the latency "
                "of each phase, which nothing hides. Instructions are those of PTX, of which ptxas leaves fewer. Blocks run side by side, one on a processor. Then "
                "DRAM, launches and the library's products, one after the other.")
 
@@ -208,12 +208,12 @@ def estimate(shape, direction: str, cost: Cost, device: Device = Device()) -> di
     """Seconds of a batch of episodes by :data:`ASSUMPTIONS`, and what they are made of."""
     steps, batch, inputs, hidden, *_ = shape
     waves = -(-batch // device.processors)
-    weights = cost.weights / batch
-    from_l2 = max(weights / (device.l2_per_processor * device.clock), cost.weights / waves / device.l2)
+    asked = cost.weights + cost.requested
+    from_l2 = max(asked / batch / (device.l2_per_processor * device.clock), asked / waves / device.l2)
     issued = cost.instructions / batch / (device.issue * device.clock)
     latency = steps * PHASES[direction] * device.phase / device.clock
     products = 2 * steps * batch * 4 * hidden * inputs * (1 if direction == "forward" else 3) / device.flops
-    return {"weights from L2": waves * from_l2, "instructions": waves * issued, "latency": waves * latency, "DRAM": cost.dram / device.dram,
+    return {"L2": waves * from_l2, "instructions": waves * issued, "latency": waves * latency, "DRAM": cost.dram / device.dram,
             "launches": (len(cost.launches) + cost.products) * device.launch, "products": products,
             "total": waves * (max(from_l2, issued) + latency) + cost.dram / device.dram + products + (len(cost.launches) + cost.products) * device.launch}
 
@@ -246,7 +246,7 @@ def _estimates(found, eager):
             continue
         for direction, c in by_direction.items():
             e, launches = estimate(shape, direction, c), len(eager[shape, direction].names)
-            yield (f"{shape}", direction, *(f"{e[part] * 1e3:.2f}" for part in ("weights from L2", "instructions", "latency", "DRAM", "launches", "total")),
+            yield (f"{shape}", direction, *(f"{e[part] * 1e3:.2f}" for part in ("L2", "instructions", "latency", "DRAM", "launches", "total")),
                    f"{launches * Device().launch * 1e3:.0f}")
 
 
@@ -265,7 +265,7 @@ def main(arguments=None) -> int:
     print(_table(("", "", "launches", "eager", "fewest MB", "DRAM", "requested", "eager", "weights MB", "banks", "million instructions"), _rows(found, eager)))
     print("\n## An estimate of time, in milliseconds\n")
     print(f"From these counts and {Device()}. {ASSUMPTIONS}\n")
-    print(_table(("(T, B, I, H, N, M, R)", "", "weights from L2", "instructions", "latency", "DRAM", "launches", "in all", "eager's launches alone"), _estimates(found, eager)))
+    print(_table(("(T, B, I, H, N, M, R)", "", "L2", "instructions", "latency", "DRAM", "launches", "in all", "eager's launches alone"), _estimates(found, eager)))
     kernels = _kernels_of(launch for *_, by_direction in found for c in by_direction.values() for launch in c.launches)
     print("\n" + _of_kernels(kernels))
     if options.json:
