@@ -85,20 +85,23 @@ def inputs(case: Case):
 
 
 def check(case: Case, emulator, backend: str, seeds=SEEDS):
+    return check_on_machine(str(case), case.name, *inputs(case), emulator, backend, seeds)
+
+
+def check_on_machine(what: str, name: str, tensors, options, emulator, backend: str, seeds):
     """Results and every gradient against float64 in the first order, and the same bits in the others. Returns the calls of the first."""
-    tensors, options = inputs(case)
     wide = {key: t.detach().double().requires_grad_(t.requires_grad) for key, t in tensors.items()}
-    weights = [torch.randn_like(r) for r in differentiable_results(case.name, call(reference, case.name, wide, options))]
-    eager, exact = (values_and_gradients(reference, case.name, t, options, weights) for t in (tensors, wide))
+    weights = [torch.randn_like(r) for r in differentiable_results(name, call(reference, name, wide, options))]
+    eager, exact = (values_and_gradients(reference, name, t, options, weights) for t in (tensors, wide))
     first = calls = None
     for seed in seeds:
         with emulation.emulated(backend, emulator(seed)) as run:
-            ours = values_and_gradients(functional, case.name, tensors, options, weights)
+            ours = values_and_gradients(functional, name, tensors, options, weights)
         if first is None:
             first, calls = ours, run.calls
-            assert_as_exact_as_eager(ours, eager, exact, str(case))
+            assert_as_exact_as_eager(ours, eager, exact, what)
         for a, b in zip(first, ours, strict=True):
-            assert torch.equal(a, b), f"{case}: other bits in the order of seed {seed}"
+            assert torch.equal(a, b), f"{what}: other bits in the order of seed {seed}"
     return calls
 
 

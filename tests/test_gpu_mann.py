@@ -9,14 +9,13 @@ from typing import NamedTuple
 import emulation
 import pytest
 import torch
-from helpers import assert_as_exact_as_eager
-from test_mann_operations import call, differentiable_results, episode_example, values_and_gradients
+from test_gpu_lrua_memory import SEEDS, check_on_machine
+from test_mann_operations import episode_example
 
-from fastmeta import functional, reference
+from fastmeta import reference
 from fastmeta.reference.cosine_attention import EPS_MODES
 from fastmeta.reference.lrua_memory import LEAST_USED
 
-SEEDS = (0, 1, 2)  # orders; the first is that of the numbers
 PRESETS = {"tristandeleu": dict(least_used="per_head", read_before_write=False, eps_mode="sqrt", eps=1e-6),
            "snowkylin": dict(least_used="shared", read_before_write=True, eps_mode="add", eps=1e-8),
            "paper": dict(least_used="shared", read_before_write=False, eps_mode="sqrt", eps=1e-6),
@@ -93,21 +92,7 @@ def inputs(case: Case):
 
 
 def check(case: Case, emulator, backend: str, seeds=SEEDS):
-    """Results and every gradient against float64 in the first order, and the same bits in the others. Returns the calls of the first."""
-    tensors, options = inputs(case)
-    wide = {key: t.detach().double().requires_grad_(t.requires_grad) for key, t in tensors.items()}
-    weights = [torch.randn_like(r) for r in differentiable_results("mann_episode", call(reference, "mann_episode", wide, options))]
-    eager, exact = (values_and_gradients(reference, "mann_episode", t, options, weights) for t in (tensors, wide))
-    first = calls = None
-    for seed in seeds:
-        with emulation.emulated(backend, emulator(seed)) as run:
-            ours = values_and_gradients(functional, "mann_episode", tensors, options, weights)
-        if first is None:
-            first, calls = ours, run.calls
-            assert_as_exact_as_eager(ours, eager, exact, str(case))
-        for a, b in zip(first, ours, strict=True):
-            assert torch.equal(a, b), f"{case}: other bits in the order of seed {seed}"
-    return calls
+    return check_on_machine(str(case), "mann_episode", *inputs(case), emulator, backend, seeds)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
