@@ -199,9 +199,9 @@ class Device(NamedTuple):
 
 
 PHASES = {"forward": 6, "backward": 8}  # barriers of a step
-ASSUMPTIONS = ("Steps depend on each other, so a block takes the time of its T steps: what it asks of L2, weights and all, or its instructions, whichever is longer, and the latency "
-               "of each phase, which nothing hides. Instructions are those of PTX, of which ptxas leaves fewer. Blocks run side by side, one on a processor. Then "
-               "DRAM, launches and the library's products, one after the other.")
+ASSUMPTIONS = """Steps depend on each other, so a block takes the time of its T steps: what it asks of L2, weights and all, or its instructions, whichever
+is longer, and the latency of each phase, which nothing hides. Instructions are those of PTX, of which ptxas leaves fewer. Blocks run side by side, one
+on a processor. Then DRAM, launches and the library's products, one after the other."""
 
 
 def estimate(shape, direction: str, cost: Cost, device: Device = Device()) -> dict[str, float]:

@@ -224,7 +224,7 @@ MANN = [  # of mann_episode.cu and the lrua_memory.h it includes
     Fault("unused-writes", "usage does not count what was written", "sum += written[j * p.padded() + n];", "if (!FAULT) sum += written[j * p.padded() + n];"),
     Fault("past-the-slots", "a walk has one slot more than there is", "body(n, n < p.slots);", "body(n, n < p.slots + int(FAULT));"),
     Fault("largest-of-a-warp", "weights are relative to the largest score of one warp",
-          "top = fmax(top, sums.first[w * p.heads + head]);", "top = FAULT && w ? top : fmax(top, sums.first[w * p.heads + head]);"),
+          "top = fmax(top, sums.tops[w * p.heads + head]);", "top = FAULT && w ? top : fmax(top, sums.tops[w * p.heads + head]);"),
     # gradients
     Fault("no-mean", "the softmax's derivative lacks the mean", "(of_weights[at] - mean)", "(of_weights[at] - (FAULT ? T(0) : mean))"),
     Fault("wrong-radial", "the part of the gradient along a row is that of another eps_mode",

@@ -68,7 +68,7 @@ template <bool kReads, bool kWrites, bool kOnChip, typename T> __device__ __forc
   __syncthreads();
   if constexpr (kReads) {
     const T* strengths = p.strengths ? given.strengths : nullptr;
-    read_backward(lrua, given.memory, given.weights, row.of_read, row.of_weights, given.sums);
+    read_backward(lrua, given.memory, given.weights, row.of_read, row.of_weights, row.sums);
     if (after) {
       __syncthreads();
       load_memory(lrua, p.memory + memory_at, given.memory);
@@ -76,7 +76,7 @@ template <bool kReads, bool kWrites, bool kOnChip, typename T> __device__ __forc
     }
     address_again(lrua, given.memory, given.keys, row.addressed);
     __syncthreads();
-    address_backward(lrua, strengths, given.weights, row.of_weights, row.addressed, given.sums);
+    address_backward(lrua, strengths, given.weights, row.of_weights, row.addressed, row.sums);
     if (after)
       memory_backward<false>(lrua, given.memory, given.keys, given.weights, row.of_read, row.addressed, row.of_memory);
     else
@@ -84,17 +84,17 @@ template <bool kReads, bool kWrites, bool kOnChip, typename T> __device__ __forc
   }
   if constexpr (kWrites)
     write_backward(lrua, given.before, given.gate, given.add, given.chosen, row.of_memory, p.grad_written ? p.grad_written + weights_at : nullptr,
-                   row.of_weights, given.sums);
+                   row.of_weights, row.sums);
   __syncthreads();
-  rows_backward<kReads, kWrites>(lrua, given.memory, given.keys, row.addressed, given.written, given.chosen, after, row.of_memory, given.sums,
+  rows_backward<kReads, kWrites>(lrua, given.memory, given.keys, row.addressed, given.written, given.chosen, after, row.of_memory, row.sums,
                                  [&](int j, int m, T by_key, T by_add) {
                                    const int64_t at = b * lrua.reads() + j * lrua.width + m;
                                    if (kReads && p.of_keys) p.of_keys[at] = by_key;
                                    if (kWrites && p.of_add) p.of_add[at] = by_add;
                                  });
   for (int j = threadIdx.x; j < lrua.heads; j += kRowThreads) {
-    if (kReads && p.of_strengths) p.of_strengths[b * lrua.heads + j] = sum_warps(lrua, given.sums.third, j);
-    if (kWrites && p.of_gate) p.of_gate[b * lrua.heads + j] = sum_warps(lrua, given.sums.fourth, j);
+    if (kReads && p.of_strengths) p.of_strengths[b * lrua.heads + j] = sum_warps(lrua, row.sums.by_strength, j);
+    if (kWrites && p.of_gate) p.of_gate[b * lrua.heads + j] = sum_warps(lrua, row.sums.by_gate, j);
   }
   if (kWrites && p.of_before) store_weights(lrua, row.of_weights, p.of_before + weights_at);
   __syncthreads();

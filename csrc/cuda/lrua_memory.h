@@ -30,23 +30,30 @@ template <typename T> struct Lrua {
   FASTMETA_EVERYWHERE int32_t reads() const { return heads * width; }
 };
 
-// Sums over slots that warps leave for all: of each head the largest score and the sum of exponentials about it; backward: the mean of the gradient by
-// the weights, and the gradients by the norm of the key, the strength and the gate.
-template <typename T> struct Sums {
-  T *first, *second, *third, *fourth;  // [kRowWarps][R]
-  FASTMETA_EVERYWHERE Sums(Arena& arena, const Lrua<T>& p)
-      : first(arena.take<T>(kRowWarps * p.heads)), second(arena.take<T>(kRowWarps * p.heads)), third(arena.take<T>(kRowWarps * p.heads)),
-        fourth(arena.take<T>(kRowWarps * p.heads)) {}
+// What warps leave of their slots for all: of the scores of each head the largest, and the sum of exponentials about it.
+template <typename T> struct ScoreSums {
+  T *tops, *totals;  // [kRowWarps][R]
+  FASTMETA_EVERYWHERE ScoreSums(Arena& arena, const Lrua<T>& p)
+      : tops(arena.take<T>(kRowWarps * p.heads)), totals(arena.take<T>(kRowWarps * p.heads)) {}
+};
+
+// And in the backward: the mean of the gradient by the read weights, and the gradients by the norm of the key, the strength and the gate.
+template <typename T> struct GradientSums {
+  T *means, *by_norm, *by_strength, *by_gate;  // [kRowWarps][R]
+  FASTMETA_EVERYWHERE GradientSums(Arena& arena, const Lrua<T>& p)
+      : means(arena.take<T>(kRowWarps * p.heads)), by_norm(arena.take<T>(kRowWarps * p.heads)), by_strength(arena.take<T>(kRowWarps * p.heads)),
+        by_gate(arena.take<T>(kRowWarps * p.heads)) {}
 };
 
 // What the backward of addressing keeps between its passes. Rows m = m' / t and keys k = k' / t, with t other than 1 only where squares are unusual.
 template <typename T> struct Addressed {
-  T *cosines, *flow;            // [R][padded]; flow: 1 / g, and then the gradient by the product of k' and m'
+  T *cosines, *flow;             // [R][padded]; flow: 1 / g, and then the gradient by the product of k' and m'
   T *squares, *scales, *radial;  // [padded]: of m', t, the gradient along m'
-  T *key_squares, *key_scales;  // [R]
+  T *key_squares, *key_scales;   // [R]
   FASTMETA_EVERYWHERE Addressed(Arena& arena, const Lrua<T>& p)
       : cosines(arena.take<T>(p.weights_size())), flow(arena.take<T>(p.weights_size())), squares(arena.take<T>(p.padded())),
-        scales(arena.take<T>(p.padded())), radial(arena.take<T>(p.padded())), key_squares(arena.take<T>(p.heads)), key_scales(arena.take<T>(p.heads)) {}
+        scales(arena.take<T>(p.padded())), radial(arena.take<T>(p.padded())), key_squares(arena.take<T>(p.heads)),
+        key_scales(arena.take<T>(p.heads)) {}
 };
 
 // ---- the step kernels: parameters and memory of a block ------------------------------------------------------------------------------------------
@@ -72,20 +79,22 @@ template <typename T> struct LruaBackward : LruaStep<T> {
 template <typename T> struct LruaForwardMemory {
   T *memory, *usage, *before, *written, *weights, *keys, *add, *gate, *strengths;
   int* chosen;
-  Sums<T> sums;
+  ScoreSums<T> sums;
   FASTMETA_EVERYWHERE LruaForwardMemory(Arena& arena, const Lrua<T>& p)
       : memory(arena.take<T>(p.memory_size())), usage(arena.take<T>(p.slots)), before(arena.take<T>(p.weights_size())),
-        written(arena.take<T>(p.weights_size())), weights(arena.take<T>(p.weights_size())), keys(arena.take<T>(p.reads())), add(arena.take<T>(p.reads())), gate(arena.take<T>(p.heads)),
-        strengths(arena.take<T>(p.heads)), chosen(arena.take<int>(p.heads)), sums(arena, p) {}
+        written(arena.take<T>(p.weights_size())), weights(arena.take<T>(p.weights_size())), keys(arena.take<T>(p.reads())),
+        add(arena.take<T>(p.reads())), gate(arena.take<T>(p.heads)), strengths(arena.take<T>(p.heads)),
+        chosen(arena.take<int>(p.heads)), sums(arena, p) {}
 };
 
 template <typename T> struct LruaBackwardMemory {
   LruaForwardMemory<T> given;
   T *of_memory, *of_weights, *of_read;
   Addressed<T> addressed;
+  GradientSums<T> sums;
   FASTMETA_EVERYWHERE LruaBackwardMemory(Arena& arena, const Lrua<T>& p)
       : given(arena, p), of_memory(arena.take<T>(p.memory_size())), of_weights(arena.take<T>(p.weights_size())), of_read(arena.take<T>(p.reads())),
-        addressed(arena, p) {}
+        addressed(arena, p), sums(arena, p) {}
 };
 
 #ifdef __CUDACC__
@@ -150,7 +159,7 @@ template <typename T> __device__ __forceinline__ void store_weights(const Lrua<T
   for (int j = 0; j < p.heads; ++j) copy(from + j * p.padded(), p.slots, to + j * p.slots);
 }
 
-// Of each of kCount numbers the sum over the lanes l, l + 32 / kCount, ...: that of number l / (32 / kCount). Each round halves the numbers.
+// Lane l gets the sum of number l / (32 / kCount), over the lanes that are a multiple of 32 / kCount from it. Each round halves the numbers.
 template <int kCount, typename T> __device__ __forceinline__ T sum_halves(T (&x)[kCount]) {
 #pragma unroll
   for (int half = kCount / 2, distance = 16; half > 0; half /= 2, distance /= 2)
@@ -361,7 +370,7 @@ template <typename T> __device__ __forceinline__ T strength_of(const Lrua<T>& p,
 
 // The scores, and of each warp the largest and the sum of exponentials about it. Over slots.
 template <typename T>
-__device__ __forceinline__ void score(const Lrua<T>& p, const T* memory, const T* keys, const T* strengths, T* scores, const Sums<T>& sums) {
+__device__ __forceinline__ void score(const Lrua<T>& p, const T* memory, const T* keys, const T* strengths, T* scores, const ScoreSums<T>& sums) {
   over_heads(p, [&](int j, int count) {
     const bool has_head = part() < count;
     const T strength = has_head ? strength_of(p, strengths, j + part()) : T(0);
@@ -376,22 +385,22 @@ __device__ __forceinline__ void score(const Lrua<T>& p, const T* memory, const T
     });
     if (has_head && lane() % kWarpSlots == 0) {
       const int at = warp() * p.heads + j + part();
-      sums.first[at] = top, sums.second[at] = total;
+      sums.tops[at] = top, sums.totals[at] = total;
     }
   });
 }
 
 // wr = softmax of the scores, in place. Over slots, after all scores are there.
-template <typename T> __device__ __forceinline__ void normalise(const Lrua<T>& p, const Sums<T>& sums, T* scores) {
+template <typename T> __device__ __forceinline__ void normalise(const Lrua<T>& p, const ScoreSums<T>& sums, T* scores) {
   over_heads(p, [&](int j, int count) {
     if (part() >= count) return;
     const int head = j + part();
     T top = -infinity<T>(), total = 0;
-    for (int w = 0; w < kRowWarps; ++w) top = fmax(top, sums.first[w * p.heads + head]);
+    for (int w = 0; w < kRowWarps; ++w) top = fmax(top, sums.tops[w * p.heads + head]);
 #pragma unroll 1
     for (int w = 0; w < kRowWarps; ++w) {
-      const T some = sums.second[w * p.heads + head];
-      if (some != 0) total += some * exp_about(sums.first[w * p.heads + head], top);
+      const T some = sums.totals[w * p.heads + head];
+      if (some != 0) total += some * exp_about(sums.tops[w * p.heads + head], top);
     }
     const T inverse = 1 / total;
     over_slots(p, [&](int n, bool real) {
@@ -447,9 +456,10 @@ template <typename T> __device__ __forceinline__ T dots_with(const Lrua<T>& p, c
   return sum_parts(dots);
 }
 
-// of_weights += the gradient by wr of r = wr M; sums.first: sum_n wr of_weights. Over slots.
+// of_weights += the gradient by wr of r = wr M; sums.means: sum_n wr of_weights. Over slots.
 template <typename T>
-__device__ __forceinline__ void read_backward(const Lrua<T>& p, const T* memory, const T* weights, const T* of_read, T* of_weights, const Sums<T>& sums) {
+__device__ __forceinline__ void read_backward(const Lrua<T>& p, const T* memory, const T* weights, const T* of_read, T* of_weights,
+                                              const GradientSums<T>& sums) {
   over_heads(p, [&](int j, int count) {
     const int head = j + part();
     const Vectors<T> grads(p, of_read, j, count);
@@ -462,7 +472,7 @@ __device__ __forceinline__ void read_backward(const Lrua<T>& p, const T* memory,
       mean += weights[head * p.padded() + n] * grad;
     });
     mean = sum_slots(mean);
-    if (part() < count && lane() % kWarpSlots == 0) sums.first[warp() * p.heads + head] = mean;
+    if (part() < count && lane() % kWarpSlots == 0) sums.means[warp() * p.heads + head] = mean;
   });
 }
 
@@ -480,15 +490,15 @@ __device__ __forceinline__ void address_again(const Lrua<T>& p, const T* memory,
   });
 }
 
-// From the gradient by wr that by the products of keys and slots, and by their norms; sums.second and third: by the norm of a key, by the
-// strength. Over slots, after read_backward and address_again of all.
+// From the gradient by wr that by the products of keys and slots, and by their norms; sums.by_norm and by_strength. Over slots, after read_backward
+// and address_again of all.
 template <typename T>
 __device__ __forceinline__ void address_backward(const Lrua<T>& p, const T* strengths, const T* weights, const T* of_weights, const Addressed<T>& a,
-                                                 const Sums<T>& sums) {
+                                                 const GradientSums<T>& sums) {
   over_heads(p, [&](int j, int count) {
     const int head = j + part();
     const bool has_head = part() < count;
-    const T mean = has_head ? sum_warps(p, sums.first, head) : T(0), strength = has_head ? strength_of(p, strengths, head) : T(0);
+    const T mean = has_head ? sum_warps(p, sums.means, head) : T(0), strength = has_head ? strength_of(p, strengths, head) : T(0);
     const T square = has_head ? a.key_squares[head] : T(0), norm = sqrt(square), key_scale = has_head ? a.key_scales[head] : T(1);
     const bool active = norm > p.eps * key_scale;  // of `clamp`
     T by_key = 0, by_strength = 0;
@@ -517,8 +527,8 @@ __device__ __forceinline__ void address_backward(const Lrua<T>& p, const T* stre
     });
     by_key = sum_slots(by_key), by_strength = sum_slots(by_strength);
     if (has_head && lane() % kWarpSlots == 0) {
-      sums.second[warp() * p.heads + head] = by_key;
-      sums.third[warp() * p.heads + head] = p.strength * by_strength;
+      sums.by_norm[warp() * p.heads + head] = by_key;
+      sums.by_strength[warp() * p.heads + head] = p.strength * by_strength;
     }
   });
   __syncwarp();  // the flow of a slot is its parts'
@@ -567,11 +577,11 @@ __device__ __forceinline__ void memory_backward(const Lrua<T>& p, const T* memor
   });
 }
 
-// From the gradient by M_t those by ww, to which of_written [R][N] is added where there is one, and wr_{t-1}: of_before, set; sums.fourth: by the
+// From the gradient by M_t those by ww, to which of_written [R][N] is added where there is one, and wr_{t-1}: of_before, set; sums.by_gate: by the
 // gate. Over slots.
 template <typename T>
 __device__ __forceinline__ void write_backward(const Lrua<T>& p, const T* before, const T* gate, const T* add, const int* chosen, const T* of_memory,
-                                               const T* of_written, T* of_before, const Sums<T>& sums) {
+                                               const T* of_written, T* of_before, const GradientSums<T>& sums) {
   over_heads(p, [&](int j, int count) {
     const int head = j + part();
     const Vectors<T> a(p, add, j, count);
@@ -585,7 +595,7 @@ __device__ __forceinline__ void write_backward(const Lrua<T>& p, const T* before
       of_before[head * p.padded() + n] = gate[head] * grad;
     });
     by_gate = sum_slots(by_gate);
-    if (part() < count && lane() % kWarpSlots == 0) sums.fourth[warp() * p.heads + head] = by_gate;
+    if (part() < count && lane() % kWarpSlots == 0) sums.by_gate[warp() * p.heads + head] = by_gate;
   });
 }
 
@@ -593,7 +603,7 @@ __device__ __forceinline__ void write_backward(const Lrua<T>& p, const T* before
 // the two there is; kAfter: the gradient of the cosines is still to be added, as they were of M_{t-1}.
 template <bool kReads, bool kWrites, typename T, typename Store>
 __device__ __forceinline__ void rows_backward(const Lrua<T>& p, const T* memory, const T* keys, const Addressed<T>& a, const T* written,
-                                              const int* chosen, bool after, T* of_memory, const Sums<T>& sums, const Store& store) {
+                                              const int* chosen, bool after, T* of_memory, const GradientSums<T>& sums, const Store& store) {
   for (int m = warp(); m < p.width; m += kRowWarps) {
     over_heads(p, [&](int j, int count) {
       T totals[2 * kParts] = {};
@@ -612,7 +622,7 @@ __device__ __forceinline__ void rows_backward(const Lrua<T>& p, const T* memory,
       const T by_add = __shfl_xor_sync(kAllLanes, total, 16);
       const int u = lane() / (32 / (2 * kParts)), head = j + u;
       if (lane() % (32 / (2 * kParts)) == 0 && u < count) {
-        if (kReads) total = a.key_scales[head] * (total - sum_warps(p, sums.second, head) * (keys[head * p.width + m] * a.key_scales[head]));
+        if (kReads) total = a.key_scales[head] * (total - sum_warps(p, sums.by_norm, head) * (keys[head * p.width + m] * a.key_scales[head]));
         store(head, m, total, by_add);
       }
     });

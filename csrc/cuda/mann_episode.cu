@@ -2,11 +2,11 @@
 // operation is in fastmeta/schemas/mann_episode.py, what a block does with the memory in lrua_memory.h.
 //
 // Memory, usage, weights and state stay on the chip between the steps. What does not fit, and is needed by every step of every episode, are the
-// recurrent weights: they are read from the L2 cache, in whole lines and many loads at a time, straight from the tensor of the caller. That is what a step
-// takes its time for; all else is small. The weights of the inputs and the gradients of all weights are products of the library, before and after.
+// recurrent weights: they are read from the L2 cache, in whole lines and many loads at a time, straight from the tensor of the caller. That is
+// what a step takes its time for; all else is small. The weights of the inputs and the gradients of all weights are products of the library, before and after.
 //
-// The backward has the memory of a step by doing the writes since the last checkpoint again: at most kSegment of them, each a few operations a number. What the
-// tape has of these steps is read once, for the whole segment.
+// The backward has the memory of a step by doing the writes since the last checkpoint again: at most kSegment of them, each a few operations a
+// number. What the tape has of these steps is read once, for the whole segment.
 
 #include "cuda/mann_episode.h"
 
@@ -298,8 +298,8 @@ template <bool kOnChip, typename T> __device__ __forceinline__ void episode_back
                                 if (e.own_add) store(reads + i, by_add * (1 - add[i] * add[i]));
                               });
     for (int j = threadIdx.x; j < p.heads; j += kRowThreads) {
-      store(e.gate_at() + j, sum_warps(p, row.sums.fourth, j) * gate[j] * (1 - gate[j]));
-      if (e.learned_strength) store(e.strength_at() + j, sum_warps(p, row.sums.third, j) * -expm1(1 - strengths[j]));
+      store(e.gate_at() + j, sum_warps(p, row.sums.by_gate, j) * gate[j] * (1 - gate[j]));
+      if (e.learned_strength) store(e.strength_at() + j, sum_warps(p, row.sums.by_strength, j) * -expm1(1 - strengths[j]));
     }
     __syncthreads();
     multiply_columns(e.head_weight, e.hidden, e.heads, e.hidden, row.of_heads, row.parts);

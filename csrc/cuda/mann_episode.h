@@ -67,10 +67,11 @@ template <typename T> struct MannBiases {
 template <typename T> struct MannForwardMemory {
   T *memory, *usage, *weights, *next_weights, *written, *carry, *cell, *gates, *heads;
   int* chosen;
-  Sums<T> sums;
+  ScoreSums<T> sums;
   FASTMETA_EVERYWHERE MannForwardMemory(Arena& arena, const MannEpisode<T>& e)
       : memory(arena.take<T>(e.lrua.memory_size())), usage(arena.take<T>(e.lrua.slots)), weights(arena.take<T>(e.lrua.weights_size())),
-        next_weights(arena.take<T>(e.lrua.weights_size())), written(arena.take<T>(e.lrua.weights_size())), carry(arena.take<T>(e.carried())), cell(arena.take<T>(e.hidden)),
+        next_weights(arena.take<T>(e.lrua.weights_size())), written(arena.take<T>(e.lrua.weights_size())),
+        carry(arena.take<T>(e.carried())), cell(arena.take<T>(e.hidden)),
         gates(arena.take<T>(4 * e.hidden)), heads(arena.take<T>(e.heads)), chosen(arena.take<int>(e.lrua.heads)), sums(arena, e.lrua) {}
 };
 
@@ -80,7 +81,7 @@ template <typename T> struct MannBackwardMemory {
   int* chosen;         // and the least used slots
   T *cell, *of_carry, *of_cell, *of_gates, *of_heads, *parts;
   Addressed<T> addressed;
-  Sums<T> sums;
+  GradientSums<T> sums;
   static FASTMETA_EVERYWHERE int parts_size(const MannEpisode<T>& e) {
     const int of_hidden = splits_of(e.hidden) * e.hidden, of_carry = splits_of(e.carried()) * e.carried();
     return of_hidden > of_carry ? of_hidden : of_carry;
