@@ -1,11 +1,11 @@
 """memory_read, lrua_write and lrua_step, forward and backward. The mathematics is in ``reference/lrua_memory.py``, the contract of the
 operations in ``schemas/lrua_memory.py``.
 
-A program has an episode, and goes through its memory a tile of slots and columns at a time. A small memory is one tile: it is loaded once,
-stays in registers, and the loops over tiles are no loops. One of the paper's size is a few tiles, which come from the caches: as one tile it would
-spill registers. Heads are a loop, so their number has no bound and is nothing that
+A program has an episode, and goes through its memory a tile of slots and columns at a time. A memory of the paper's size is one tile: it is
+loaded once, stays in registers, and the loops over tiles are no loops; but in the backward of a read before the write, where it would
+spill registers, it is two, which come from the caches. Heads are a loop, so their number has no bound and is nothing that
 a kernel is compiled for. What all threads of a program need of each other beyond a sum goes through device memory and a barrier: the
-chosen slots, the weights, and in the backward the slopes of the scores. There are no atomics: the same bits on every run.
+chosen slots, the weights, the products of slots and keys, and in the backward the slopes of the scores. There are no atomics: the same bits on every run.
 
 Slots and keys are multiplied by powers of two that bring their largest element near 1, m' = t m and k' = s k, so that squares stay in
 range and nothing is rounded. With d = k'.m' and g as ``eps_mode`` has it for the scaled vectors, c = d / g, and with q the gradient of the
@@ -180,6 +180,23 @@ def _weighted_sum(tile, memory, weights, j, k, N, M, ON_CHIP: tl.constexpr, BLOC
 
 
 @triton.jit
+def _multiply_keys(tile, memory, keys, products, slot_stats, N, M, R, ON_CHIP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
+    """To ``products`` ``[R, N]`` those of scaled keys and slots, to ``slot_stats`` ``t`` and the squares of each slot.
+
+    By way of memory: beside a tile, in which a thread has a part of many slots, it would have the numbers of all of them too. From there on,
+    a thread has its own slots.
+    """
+    for i in range(_tiles(N, ON_CHIP, BLOCK_N)):
+        scale, squares = _scale_of_slots(tile, memory, i, N, M, ON_CHIP, BLOCK_N, BLOCK_M)
+        _store(slot_stats, 0, i, N, scale, True, BLOCK_N)
+        _store(slot_stats, 1, i, N, squares, True, BLOCK_N)
+        for j in range(R):
+            key_scale, _ = _scale_of_key(keys, j, M, ON_CHIP, BLOCK_M)
+            _store(products, j, i, N, _dots(tile, memory, keys, j, i, N, M, ON_CHIP, BLOCK_N, BLOCK_M, scale, key_scale), True, BLOCK_N)
+    tl.debug_barrier()
+
+
+@triton.jit
 def _cosines(dots, squares, scale, key_square, key_scale, eps_mode, eps):
     """``c`` and ``1 / g`` of scaled slots and a scaled key."""
     TINY: tl.constexpr = 2.3e-308 if dots.dtype == tl.float64 else 1.2e-38
@@ -204,33 +221,37 @@ def _strength(strengths, strength, has_strengths, j):
 
 
 @triton.jit
-def _address(tile, memory, keys, strengths, weights, N, M, R, strength, has_strengths, eps_mode, eps, ON_CHIP: tl.constexpr,
+def _address(tile, memory, keys, strengths, weights, slot_stats, N, M, R, strength, has_strengths, eps_mode, eps, ON_CHIP: tl.constexpr,
              BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
-    """To ``weights`` the softmax of the scores, which stand there in between."""
+    """To ``weights`` the softmax of the scores; the products, and the scores of several tiles, stand there in between."""
     A: tl.constexpr = memory.dtype.element_ty
-    for i in range(_tiles(N, ON_CHIP, BLOCK_N)):
-        scale, squares = _scale_of_slots(tile, memory, i, N, M, ON_CHIP, BLOCK_N, BLOCK_M)
-        for j in range(R):
-            key_scale, key_square = _scale_of_key(keys, j, M, ON_CHIP, BLOCK_M)
-            dots = _dots(tile, memory, keys, j, i, N, M, ON_CHIP, BLOCK_N, BLOCK_M, scale, key_scale)
-            cosines, _ = _cosines(dots, squares, scale, key_square, key_scale, eps_mode, eps)
-            _store(weights, j, i, N, _strength(strengths, strength, has_strengths, j) * cosines, True, BLOCK_N)
-    tl.debug_barrier()
+    _multiply_keys(tile, memory, keys, weights, slot_stats, N, M, R, ON_CHIP, BLOCK_N, BLOCK_M)
     for j in range(R):
+        key_scale, key_square = _scale_of_key(keys, j, M, ON_CHIP, BLOCK_M)
+        scores = tl.zeros([BLOCK_N], A)
         top = tl.full([BLOCK_N], float("-inf"), A)
         total = tl.zeros([BLOCK_N], A)
         for i in range(_tiles(N, ON_CHIP, BLOCK_N)):
             real = i * BLOCK_N + tl.arange(0, BLOCK_N) < N
-            top = tl.maximum(top, tl.where(real, _load(weights, j, i, N, BLOCK_N), float("-inf")))
+            scale, squares = _load(slot_stats, 0, i, N, BLOCK_N), _load(slot_stats, 1, i, N, BLOCK_N)
+            cosines, _ = _cosines(_load(weights, j, i, N, BLOCK_N), squares, scale, key_square, key_scale, eps_mode, eps)
+            scores = _strength(strengths, strength, has_strengths, j) * cosines
+            top = tl.maximum(top, tl.where(real, scores, float("-inf")))
+            if not ON_CHIP:
+                tl.debug_barrier()
+                _store(weights, j, i, N, scores, True, BLOCK_N)
+        if not ON_CHIP:
+            tl.debug_barrier()
         largest = tl.max(top, 0)
         for i in range(_tiles(N, ON_CHIP, BLOCK_N)):
             real = i * BLOCK_N + tl.arange(0, BLOCK_N) < N
-            total += tl.where(real, tl.exp(_load(weights, j, i, N, BLOCK_N) - largest), 0.0)
+            scores = scores if ON_CHIP else _load(weights, j, i, N, BLOCK_N)
+            total += tl.where(real, tl.exp(scores - largest), 0.0)
         inverse = _divide(tl.full([], 1.0, A), tl.sum(total, 0))
         for i in range(_tiles(N, ON_CHIP, BLOCK_N)):
-            exponential = tl.exp(_load(weights, j, i, N, BLOCK_N) - largest)
+            scores = scores if ON_CHIP else _load(weights, j, i, N, BLOCK_N)
             tl.debug_barrier()  # threads beyond the slots of a tile have the same numbers as others
-            _store(weights, j, i, N, inverse * exponential, True, BLOCK_N)
+            _store(weights, j, i, N, inverse * tl.exp(scores - largest), True, BLOCK_N)
     tl.debug_barrier()
 
 
@@ -238,8 +259,8 @@ def _address(tile, memory, keys, strengths, weights, N, M, R, strength, has_stre
 
 
 @_kernel
-def forward_kernel(memory, usage, before, keys, add, gate, strengths, read, written, new_usage, weights, slots, N: tl.int32, M: tl.int32,
-                   R: tl.int32, strength: tl.float64, has_strengths: tl.int32, shared: tl.int32, eps_mode: tl.int32, eps: tl.float64,
+def forward_kernel(memory, usage, before, keys, add, gate, strengths, read, written, new_usage, weights, slots, slot_stats, N: tl.int32,
+                   M: tl.int32, R: tl.int32, strength: tl.float64, has_strengths: tl.int32, shared: tl.int32, eps_mode: tl.int32, eps: tl.float64,
                    usage_decay: tl.float64, READS: tl.constexpr, WRITES: tl.constexpr, BEFORE: tl.constexpr, ON_CHIP: tl.constexpr,
                    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
     """An episode of memory_read (READS), lrua_write (WRITES) or lrua_step (both; BEFORE: the weights are of the memory before the write).
@@ -253,11 +274,12 @@ def forward_kernel(memory, usage, before, keys, add, gate, strengths, read, writ
     before, weights = before + b * R * N, weights + b * R * N
     keys, add, read = keys + b * R * M, add + b * R * M, read + b * R * M
     gate, strengths, slots = gate + b * R, strengths + b * R, slots + b * R
+    slot_stats += b * 3 * N
     epsilon = tl.cast(eps, A)
 
     x = _load_tile(memory, 0, 0, N, M, BLOCK_N, BLOCK_M)
     if READS and (BEFORE or not WRITES):
-        _address(x, memory, keys, strengths, weights, N, M, R, strength, has_strengths, eps_mode, epsilon, ON_CHIP, BLOCK_N, BLOCK_M)
+        _address(x, memory, keys, strengths, weights, slot_stats, N, M, R, strength, has_strengths, eps_mode, epsilon, ON_CHIP, BLOCK_N, BLOCK_M)
     if WRITES:
         _choose_least_used(usage, slots, N, R, ON_CHIP, BLOCK_N)
         erased = tl.load(slots)
@@ -272,7 +294,7 @@ def forward_kernel(memory, usage, before, keys, add, gate, strengths, read, writ
         tl.debug_barrier()
     memory = written if WRITES else memory
     if READS and WRITES and not BEFORE:
-        _address(x, memory, keys, strengths, weights, N, M, R, strength, has_strengths, eps_mode, epsilon, ON_CHIP, BLOCK_N, BLOCK_M)
+        _address(x, memory, keys, strengths, weights, slot_stats, N, M, R, strength, has_strengths, eps_mode, epsilon, ON_CHIP, BLOCK_N, BLOCK_M)
     if READS:
         for j in range(R):
             for k in range(_tiles(M, ON_CHIP, BLOCK_M)):
@@ -296,52 +318,50 @@ def forward_kernel(memory, usage, before, keys, add, gate, strengths, read, writ
 
 
 @triton.jit
-def _address_backward(of_memory, to_memory, tile, memory, read_tile, read_from, keys, strengths, weights, read, of_read, of_weights, flow,
-                      parts, to_keys, to_strengths, N, M, R, strength, has_strengths, eps_mode, eps, needs, ON_CHIP: tl.constexpr,
-                      BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
-    """``of_memory``, or what of it is in ``to_memory``, with the gradient of the cosines; those of keys and strengths.
+def _address_backward(of_memory, to_memory, tile, memory, keys, strengths, weights, slopes, flow, by_keys, slot_stats, to_keys,
+                      to_strengths, N, M, R, strength, has_strengths, eps_mode, eps, needs, ON_CHIP: tl.constexpr, BLOCK_N: tl.constexpr,
+                      BLOCK_M: tl.constexpr):
+    """``of_memory``, or what of it is in ``to_memory``, with the gradient of the cosines of ``memory``; those of keys and strengths.
 
-    Addressed was ``memory``, and read ``read_from``. ``flow`` ``[R, N]``: ``q t / g``; ``parts`` ``[R, 2, tiles of slots]``: sums over a
-    tile for the gradient along the key and that of the strength.
+    ``slopes`` ``[R, N]``: the gradient by wr. Scratch: ``flow`` ``[R, N]`` for ``q t / g``, ``by_keys`` ``[R]``, ``slot_stats`` ``[3, N]``.
     """
     A: tl.constexpr = memory.dtype.element_ty
-    tiles = _tiles(N, ON_CHIP, BLOCK_N)
-    ones = tl.full([BLOCK_N], 1.0, A)
-    for i in range(tiles):
-        scale, squares = _scale_of_slots(tile, memory, i, N, M, ON_CHIP, BLOCK_N, BLOCK_M)
-        b = _sqrt(squares)
-        radial = tl.zeros([BLOCK_N], A)
-        for j in range(R):
-            # sum_n wr (gradient by wr) = sum_n wr of_weights + of_read . read
-            means = tl.zeros([BLOCK_N], A)
-            for u in range(tiles):
-                means += _load(weights, j, u, N, BLOCK_N) * _load(of_weights, j, u, N, BLOCK_N)
-            mean = tl.sum(means, 0)
-            for k in range(_tiles(M, ON_CHIP, BLOCK_M)):
-                mean += tl.sum(_load(of_read, j, k, M, BLOCK_M) * _load(read, j, k, M, BLOCK_M), 0)
-            slope = _load(of_weights, j, i, N, BLOCK_N)
-            slope += _dots(read_tile, read_from, of_read, j, i, N, M, ON_CHIP, BLOCK_N, BLOCK_M, ones, 1.0)
+    _multiply_keys(tile, memory, keys, flow, slot_stats, N, M, R, ON_CHIP, BLOCK_N, BLOCK_M)
+    for j in range(R):
+        key_scale, key_square = _scale_of_key(keys, j, M, ON_CHIP, BLOCK_M)
+        a = _sqrt(key_square)
+        means = tl.zeros([BLOCK_N], A)
+        for i in range(_tiles(N, ON_CHIP, BLOCK_N)):
+            means += _load(weights, j, i, N, BLOCK_N) * _load(slopes, j, i, N, BLOCK_N)
+        mean = tl.sum(means, 0)
+        by_key, by_strength = tl.zeros([BLOCK_N], A), tl.zeros([BLOCK_N], A)
+        for i in range(_tiles(N, ON_CHIP, BLOCK_N)):
+            n = i * BLOCK_N + tl.arange(0, BLOCK_N)
+            scale, squares = _load(slot_stats, 0, i, N, BLOCK_N), _load(slot_stats, 1, i, N, BLOCK_N)
+            radial = tl.load(slot_stats + 2 * N + n, mask=(n < N) & (j > 0), other=0.0)
+            slope = _load(slopes, j, i, N, BLOCK_N)
             by_score = _load(weights, j, i, N, BLOCK_N) * (slope - mean)
-
-            key_scale, key_square = _scale_of_key(keys, j, M, ON_CHIP, BLOCK_M)
-            dots = _dots(tile, memory, keys, j, i, N, M, ON_CHIP, BLOCK_N, BLOCK_M, scale, key_scale)
-            cosines, inverse = _cosines(dots, squares, scale, key_square, key_scale, eps_mode, eps)
-            a = _sqrt(key_square)
+            cosines, inverse = _cosines(_load(flow, j, i, N, BLOCK_N), squares, scale, key_square, key_scale, eps_mode, eps)
             q = _strength(strengths, strength, has_strengths, j) * by_score
-            along = q * cosines
+            along, b = q * cosines, _sqrt(squares)
             if eps_mode == 0:
-                by_key = tl.where(a > eps * key_scale, along / key_square, 0.0)
+                by_key += tl.where(a > eps * key_scale, along / key_square, 0.0)
                 radial += tl.where(b > eps * scale, along / squares, 0.0)
             elif eps_mode == 1:
-                by_key = tl.where(a > 0, along * inverse * b / a, 0.0)
+                by_key += tl.where(a > 0, along * inverse * b / a, 0.0)
                 radial += tl.where(b > 0, along * inverse * a / b, 0.0)
             else:
-                by_key = along * inverse * inverse * squares
+                by_key += along * inverse * inverse * squares
                 radial += along * inverse * inverse * key_square
+            by_strength += by_score * cosines
+            tl.debug_barrier()
             _store(flow, j, i, N, q * inverse * scale, True, BLOCK_N)
-            tl.store(parts + 2 * j * tiles + i, tl.sum(by_key, 0))
-            tl.store(parts + (2 * j + 1) * tiles + i, tl.sum(by_score * cosines, 0))
+            _store(slot_stats, 2, i, N, radial, True, BLOCK_N)
+        tl.store(by_keys + j, tl.sum(by_key, 0))
+        tl.store(to_strengths + j, tl.cast(strength, A) * tl.sum(by_strength, 0), mask=(needs >> STRENGTHS & 1) != 0)
         tl.debug_barrier()
+    for i in range(_tiles(N, ON_CHIP, BLOCK_N)):
+        scale, radial = _load(slot_stats, 0, i, N, BLOCK_N), _load(slot_stats, 2, i, N, BLOCK_N)
         for k in range(_tiles(M, ON_CHIP, BLOCK_M)):
             of_memory = _tile(of_memory, to_memory, i, k, N, M, ON_CHIP, BLOCK_N, BLOCK_M)
             x = scale[:, None] * _tile(tile, memory, i, k, N, M, ON_CHIP, BLOCK_N, BLOCK_M)
@@ -353,11 +373,7 @@ def _address_backward(of_memory, to_memory, tile, memory, read_tile, read_from, 
                 tl.debug_barrier()
                 _store_tile(to_memory, i, k, N, M, of_memory, BLOCK_N, BLOCK_M)
     for j in range(R):
-        by_key, by_strength = tl.zeros([], A), tl.zeros([], A)
-        for i in range(tiles):
-            by_key += tl.load(parts + 2 * j * tiles + i)
-            by_strength += tl.load(parts + (2 * j + 1) * tiles + i)
-        tl.store(to_strengths + j, tl.cast(strength, A) * by_strength, mask=(needs >> STRENGTHS & 1) != 0)
+        by_key = tl.load(by_keys + j)
         key_scale, _ = _scale_of_key(keys, j, M, ON_CHIP, BLOCK_M)
         for k in range(_tiles(M, ON_CHIP, BLOCK_M)):
             sums = _weighted_sum(tile, memory, flow, j, k, N, M, ON_CHIP, BLOCK_N, BLOCK_M)
@@ -367,8 +383,8 @@ def _address_backward(of_memory, to_memory, tile, memory, read_tile, read_from, 
 
 
 @_kernel
-def backward_kernel(memory, usage, before, keys, add, gate, strengths, read, written, weights, of_read, of_written, of_weights, to_memory,
-                    to_before, to_keys, to_add, to_gate, to_strengths, slots, flow, parts, N: tl.int32, M: tl.int32, R: tl.int32,
+def backward_kernel(memory, usage, before, keys, add, gate, strengths, written, weights, of_read, of_written, of_weights, to_memory,
+                    to_before, to_keys, to_add, to_gate, to_strengths, slots, slopes, flow, by_keys, slot_stats, N: tl.int32, M: tl.int32, R: tl.int32,
                     strength: tl.float64, has_strengths: tl.int32, shared: tl.int32, eps_mode: tl.int32, eps: tl.float64, needs: tl.int32,
                     READS: tl.constexpr, WRITES: tl.constexpr, BEFORE: tl.constexpr, ON_CHIP: tl.constexpr, BLOCK_N: tl.constexpr,
                     BLOCK_M: tl.constexpr):
@@ -381,15 +397,22 @@ def backward_kernel(memory, usage, before, keys, add, gate, strengths, read, wri
     memory, written, of_written, to_memory = memory + b * N * M, written + b * N * M, of_written + b * N * M, to_memory + b * N * M
     usage = usage + b * N
     before, weights, of_weights = before + b * R * N, weights + b * R * N, of_weights + b * R * N
-    to_before, flow = to_before + b * R * N, flow + b * R * N
-    keys, add, read, of_read = keys + b * R * M, add + b * R * M, read + b * R * M, of_read + b * R * M
+    to_before, slopes, flow = to_before + b * R * N, slopes + b * R * N, flow + b * R * N
+    keys, add, of_read = keys + b * R * M, add + b * R * M, of_read + b * R * M
     to_keys, to_add = to_keys + b * R * M, to_add + b * R * M
     gate, strengths, slots = gate + b * R, strengths + b * R, slots + b * R
     to_gate, to_strengths = to_gate + b * R, to_strengths + b * R
-    parts += b * 2 * R * _tiles(N, ON_CHIP, BLOCK_N)
+    by_keys, slot_stats = by_keys + b * R, slot_stats + b * 3 * N
     epsilon = tl.cast(eps, A)
     read_from = written if WRITES else memory
 
+    ones = tl.full([BLOCK_N], 1.0, A)
+    if READS:  # the barrier is that of the products
+        x = _load_tile(read_from, 0, 0, N, M, BLOCK_N, BLOCK_M)
+        for i in range(_tiles(N, ON_CHIP, BLOCK_N)):
+            for j in range(R):
+                slope = _dots(x, read_from, of_read, j, i, N, M, ON_CHIP, BLOCK_N, BLOCK_M, ones, 1.0) + _load(of_weights, j, i, N, BLOCK_N)
+                _store(slopes, j, i, N, slope, True, BLOCK_N)
     # By M_t: what comes in, and through the read.
     g = tl.zeros([BLOCK_N, BLOCK_M], A)
     for i in range(_tiles(N, ON_CHIP, BLOCK_N)):
@@ -406,18 +429,20 @@ def backward_kernel(memory, usage, before, keys, add, gate, strengths, read, wri
     if not ON_CHIP:
         tl.debug_barrier()
     if READS and not BEFORE:
-        x = _load_tile(read_from, 0, 0, N, M, BLOCK_N, BLOCK_M)
-        g = _address_backward(g, to_memory, x, read_from, x, read_from, keys, strengths, weights, read, of_read, of_weights, flow, parts,
-                              to_keys, to_strengths, N, M, R, strength, has_strengths, eps_mode, epsilon, needs, ON_CHIP, BLOCK_N, BLOCK_M)
+        g = _address_backward(g, to_memory, x, read_from, keys, strengths, weights, slopes, flow, by_keys, slot_stats, to_keys, to_strengths,
+                              N, M, R, strength, has_strengths, eps_mode, epsilon, needs, ON_CHIP, BLOCK_N, BLOCK_M)
         if not ON_CHIP:
             tl.debug_barrier()
     if WRITES:
         _choose_least_used(usage, slots, N, R, ON_CHIP, BLOCK_N)
-        ones = tl.full([BLOCK_N], 1.0, A)
+        for i in range(_tiles(N, ON_CHIP, BLOCK_N)):
+            for j in range(R):
+                _store(flow, j, i, N, _dots(g, to_memory, add, j, i, N, M, ON_CHIP, BLOCK_N, BLOCK_M, ones, 1.0), True, BLOCK_N)
+        tl.debug_barrier()
         for j in range(R):
             by_gate = tl.zeros([BLOCK_N], A)
             for i in range(_tiles(N, ON_CHIP, BLOCK_N)):
-                slope = _dots(g, to_memory, add, j, i, N, M, ON_CHIP, BLOCK_N, BLOCK_M, ones, 1.0)
+                slope = _load(flow, j, i, N, BLOCK_N)
                 if not READS:
                     slope += _load(of_weights, j, i, N, BLOCK_N)
                 least = _is_least_used(slots, j, i, R, shared, BLOCK_N)
@@ -442,12 +467,10 @@ def backward_kernel(memory, usage, before, keys, add, gate, strengths, read, wri
                     tl.debug_barrier()
                     _store_tile(to_memory, i, k, N, M, g, BLOCK_N, BLOCK_M)
     if READS and BEFORE:
-        if not ON_CHIP:
-            tl.debug_barrier()
+        tl.debug_barrier()
         x = _load_tile(memory, 0, 0, N, M, BLOCK_N, BLOCK_M)
-        y = _load_tile(read_from, 0, 0, N, M, BLOCK_N, BLOCK_M)
-        g = _address_backward(g, to_memory, x, memory, y, read_from, keys, strengths, weights, read, of_read, of_weights, flow, parts,
-                              to_keys, to_strengths, N, M, R, strength, has_strengths, eps_mode, epsilon, needs, ON_CHIP, BLOCK_N, BLOCK_M)
+        g = _address_backward(g, to_memory, x, memory, keys, strengths, weights, slopes, flow, by_keys, slot_stats, to_keys, to_strengths,
+                              N, M, R, strength, has_strengths, eps_mode, epsilon, needs, ON_CHIP, BLOCK_N, BLOCK_M)
     if ON_CHIP and needs >> MEMORY & 1:
         _store_tile(to_memory, 0, 0, N, M, g, BLOCK_N, BLOCK_M)
 
@@ -471,16 +494,15 @@ class _Problem:
         self.constants = dict(READS=self.reads, WRITES=self.writes, BEFORE=bool(read_before_write))
 
     def tiles(self, room: int) -> dict:
-        """Constants of a kernel that has registers for tiles of ``room`` float32: more, and ptxas would spill."""
+        """Constants of a kernel that has registers for a memory of ``room`` float32 as one tile: of a larger one ptxas would spill some."""
         block_n, block_m = (max(16, triton.next_power_of_2(n)) for n in (self.slots, self.width))
-        room //= self.dtype.itemsize // 4
-        on_chip = block_n * block_m <= room
+        on_chip = block_n * block_m * self.dtype.itemsize <= room * 4
         if not on_chip:
-            block_n, block_m = room // 64, 64
+            block_n, block_m = (64 if self.dtype == torch.float32 else 32), 64
         return dict(ON_CHIP=on_chip, BLOCK_N=block_n, BLOCK_M=block_m)
 
     def launch(self, kernel, arguments: dict, tiles: dict) -> None:
-        warps = max(4, tiles["BLOCK_N"] * tiles["BLOCK_M"] // 256)
+        warps = 8 if tiles["BLOCK_N"] * tiles["BLOCK_M"] > 2048 else 4
         device.launch(kernel, self.batch, arguments, {**self.constants, **tiles}, warps, 1)
 
     def empty(self, *shape, dtype=None) -> Tensor:
@@ -495,6 +517,10 @@ class _Problem:
     def weights(self) -> Tensor:
         return self.empty(self.batch, self.heads, self.slots)
 
+    def slot_stats(self) -> Tensor:
+        """Scratch: three numbers of each slot."""
+        return self.empty(self.batch, 3, self.slots)
+
     def numbers(self, dtype=None) -> Tensor:
         """One of each head."""
         return self.empty(self.batch, self.heads, dtype=dtype)
@@ -504,22 +530,23 @@ def _forward(p: _Problem, usage_decay: float = 0.0) -> tuple[Tensor, Tensor, Ten
     """``(read, memory, usage, weights)``, without elements where there is none."""
     results = dict(read=p.vectors() if p.reads else p.none, written=p.memory() if p.writes else p.none,
                    new_usage=p.empty(p.batch, p.slots) if p.reads and p.writes else p.none, weights=p.weights())
-    p.launch(forward_kernel, {**p.tensors, **results, "slots": p.numbers(torch.int32), **p.options, "usage_decay": usage_decay}, p.tiles(4096))
+    p.launch(forward_kernel, {**p.tensors, **results, "slots": p.numbers(torch.int32), "slot_stats": p.slot_stats(), **p.options,
+                              "usage_decay": usage_decay}, p.tiles(8192))
     return tuple(results.values())
 
 
-def _backward(p: _Problem, wanted: list, read, written, weights, of_read, of_written, of_weights) -> list[Tensor]:
+def _backward(p: _Problem, wanted: list, written, weights, of_read, of_written, of_weights) -> list[Tensor]:
     """The gradients of memory, read_weights, keys, add, gate and strengths of which ``wanted`` says so, the others without elements."""
     gradients = [make() if want else p.none for want, make in zip(wanted, (p.memory, p.weights, p.vectors, p.vectors, p.numbers, p.numbers))]
     names = ("to_memory", "to_before", "to_keys", "to_add", "to_gate", "to_strengths")
     to = dict(zip(names, gradients))
-    tiles = p.tiles(2048)
+    tiles = p.tiles(4096 if p.constants["BEFORE"] else 8192)
     if not tiles["ON_CHIP"] and not wanted[0]:
         to["to_memory"] = p.memory()
-    given = dict(read=read, written=written, weights=weights, of_read=of_read, of_written=of_written, of_weights=of_weights)
+    given = dict(written=written, weights=weights, of_read=of_read, of_written=of_written, of_weights=of_weights)
     p.launch(backward_kernel, {**p.tensors, **{name: p.none if t is None else device.contiguous(t) for name, t in given.items()}, **to,
-                               "slots": p.numbers(torch.int32), "flow": p.weights(),
-                               "parts": p.empty(p.batch, p.heads, 2, triton.cdiv(p.slots, tiles["BLOCK_N"])), **p.options,
+                               "slots": p.numbers(torch.int32), "slopes": p.weights(), "flow": p.weights(), "by_keys": p.numbers(),
+                               "slot_stats": p.slot_stats(), **p.options,
                                "needs": sum(1 << k for k, want in enumerate(wanted) if want)}, tiles)
     return gradients
 
@@ -538,7 +565,7 @@ def memory_read_backward(grad_read, grad_weights, needs, memory, keys, strengths
     """The gradients of memory, keys and strengths, without elements where ``needs`` does not ask for them."""
     p = _Problem(memory, None, None, keys, None, None, strengths, strength, 0, False, eps_mode, eps)
     of_memory, of_keys, of_strengths = _bits(needs, 3)
-    found = _backward(p, [of_memory, False, of_keys, False, False, of_strengths], read, None, weights, grad_read, None, grad_weights)
+    found = _backward(p, [of_memory, False, of_keys, False, False, of_strengths], None, weights, grad_read, None, grad_weights)
     return found[0], found[2], found[5]
 
 
@@ -552,7 +579,7 @@ def lrua_write_backward(grad_memory, grad_weights, needs, memory, usage, read_we
     """The gradients of memory, read_weights, add and gate, without elements where ``needs`` does not ask for them."""
     p = _Problem(memory, usage, read_weights, None, add, gate, None, 1.0, least_used, False, 0, 1.0)
     of_memory, of_before, of_add, of_gate = _bits(needs, 4)
-    found = _backward(p, [of_memory, of_before, False, of_add, of_gate, False], None, None, None, None, grad_memory, grad_weights)
+    found = _backward(p, [of_memory, of_before, False, of_add, of_gate, False], None, None, None, grad_memory, grad_weights)
     return found[0], found[1], found[3], found[4]
 
 
@@ -566,4 +593,4 @@ def lrua_step_backward(grad_read, grad_memory, grad_weights, needs, memory, usag
                        least_used, read_before_write, eps_mode, eps, usage_decay, read, written, new_usage, weights):
     """The gradients of memory, read_weights, keys, add, gate and strengths, without elements where ``needs`` does not ask for them."""
     p = _Problem(memory, usage, read_weights, keys, add, gate, strengths, strength, least_used, read_before_write, eps_mode, eps)
-    return tuple(_backward(p, _bits(needs, 6), read, written, weights, grad_read, grad_memory, grad_weights))
+    return tuple(_backward(p, _bits(needs, 6), written, weights, grad_read, grad_memory, grad_weights))
