@@ -414,7 +414,8 @@ def test_func_transforms(backend, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_compile(name):
+def test_compile(backend, name):
+    torch.compiler.reset()  # it compiles the same code only so often
     tensors, options = example(name, dtype=torch.float32)
     function, leaves = closure(name, tensors, options)
     compiled = torch.compile(lambda *t: [r * 2 for r in function(*t)], fullgraph=True, backend="aot_eager")
