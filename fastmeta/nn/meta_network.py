@@ -8,8 +8,8 @@ from torch.autograd import Function
 from .. import functional, reference
 from ..reference.meta_network import COSINE, preprocess_gradient
 
-# Coordinates that a generator takes at a time: what it holds of them then stays in the cache. Measured on Zen 3, 512 KiB of L2.
-MLP_BLOCK, LSTM_BLOCK = 4096, 1024
+# Coordinates that a generator takes at a time, so that what it holds of them stays in the cache. Measured on Zen 3.
+MLP_BLOCK, LSTM_BLOCK = 8192, 2048
 # Multiplications that writing and reading a fast weight of a query cost, forward and backward: where they part on Zen 3.
 TRAFFIC = 48
 
@@ -17,7 +17,7 @@ TRAFFIC = 48
 class _Blocked(Function):
     """``function(gradients [T, n], *parameters) -> [n]``, coordinate by coordinate, in blocks that are computed again in the backward.
 
-    Nothing but the arguments is saved. When the backward is to be differentiated, it is that of a single block, by PyTorch.
+    Nothing but the arguments is saved. Where the backward is itself differentiated, it is that of a single block, by PyTorch.
     """
 
     @staticmethod
@@ -31,18 +31,22 @@ class _Blocked(Function):
 
     @staticmethod
     def backward(ctx, grad):
-        gradients, *parameters = ctx.saved_tensors
-        block = max(1, gradients.shape[1]) if torch.is_grad_enabled() else ctx.block
-        through = ctx.needs_input_grad[2]
-        of_gradients, of_parameters = [], None
-        for part, part_grad in zip(gradients.split(block, 1), grad.split(block)):
-            if through:
-                first, *found = torch.func.vjp(ctx.function, part, *parameters)[1](part_grad)
-                of_gradients.append(first)
-            else:
-                found = torch.func.vjp(lambda *p, part=part: ctx.function(part, *p), *parameters)[1](part_grad)
-            of_parameters = found if of_parameters is None else [a + b for a, b in zip(of_parameters, found)]
-        return None, None, torch.cat(of_gradients, 1) if through else None, *of_parameters
+        saved = ctx.saved_tensors
+        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+            return None, None, *torch.func.vjp(ctx.function, *saved)[1](grad)
+        gradients, *parameters = saved
+        wanted = [p for p, needed in zip(parameters, ctx.needs_input_grad[3:]) if needed]
+        of_gradients, sums = [], [torch.zeros_like(p) for p in wanted]
+        with torch.enable_grad():
+            for part, part_grad in zip(gradients.split(ctx.block, 1), grad.split(ctx.block)):
+                inputs = [part, *wanted] if ctx.needs_input_grad[2] else wanted
+                found = torch.autograd.grad(ctx.function(part, *parameters), inputs, part_grad)
+                of_gradients += found[:-len(wanted) or None] if ctx.needs_input_grad[2] else ()
+                for total, one in zip(sums, found[-len(wanted):] if wanted else ()):
+                    total += one
+        found = iter(sums)
+        return (None, None, torch.cat(of_gradients, 1) if of_gradients else None,
+                *(next(found) if needed else None for needed in ctx.needs_input_grad[3:]))
 
 
 def _mlp(gradients, w1, b1, w2, b2, w3, b3):
@@ -53,14 +57,16 @@ def _mlp(gradients, w1, b1, w2, b2, w3, b3):
 
 
 def _lstm(gradients, w_ih, w_hh, b_ih, b_hh, w, b):
-    bias, h, c = (b_ih + b_hh).unsqueeze(1), None, None
+    """With tanh x = 2 sigmoid(2 x) - 1, the four gates are one sigmoid, which is also three times as fast as PyTorch's tanh."""
+    width = w_hh.shape[1]
+    twice = torch.ones_like(b_ih).index_fill(0, torch.arange(2 * width, 3 * width, device=b_ih.device), 2).unsqueeze(1)
+    w_ih, w_hh, bias, h, c = twice * w_ih, twice * w_hh, twice * (b_ih + b_hh).unsqueeze(1), None, None
     for channels in preprocess_gradient(gradients).unbind(1):
         gates = torch.addmm(bias, w_ih, channels)
-        gates = gates if h is None else torch.addmm(gates, w_hh, h)
-        i, f, g, o = gates.chunk(4)
-        new = i.sigmoid() * g.tanh()
-        c = new if c is None else new + f.sigmoid() * c
-        h = o.sigmoid() * c.tanh()
+        i, f, g, o = (gates if h is None else torch.addmm(gates, w_hh, h)).sigmoid().chunk(4)
+        new = i * (2 * g - 1)
+        c = new if c is None else torch.addcmul(new, f, c)
+        h = o * c.tanh()
     return torch.addmm(b.unsqueeze(1), w, h)[0]
 
 

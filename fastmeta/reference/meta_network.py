@@ -172,7 +172,7 @@ class MetaNetwork(nn.Module):
         """
         self.check(support, support_labels, query)
         batch, episodes = support_labels.shape[:-1], math.prod(support_labels.shape[:-1])
-        logits = self.episodes(support.reshape(episodes, *support.shape[-4:]), support_labels.reshape(episodes, -1).long(),
+        logits = self.episodes(support.reshape(episodes, *support.shape[-4:]), support_labels.reshape(episodes, support.shape[-4]).long(),
                                query.reshape(episodes, *query.shape[-4:]))
         return logits.view(*batch, query.shape[-4], self.num_classes)
 
