@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_as_exact_as_eager, numpy_lstm_step, numpy_scores, numpy_softmax
+from helpers import numpy_lstm_step, numpy_scores, numpy_softmax
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
@@ -165,7 +165,10 @@ def test_equal_to_reference(backend, batch, supports, second_order, dtype):
     else:
         support, labels, query = data
         wide = [t.detach().double().requires_grad_() for t in (support, query)]
-        assert_as_exact_as_eager(ours, eager, run(slow.double(), wide[0], labels, wide[1]))
+        exact = run(slow.double(), wide[0], labels, wide[1])
+        # A rounding of D enters a generator e^7 times as large, and which tensor it reaches is chance: the worst of all is compared.
+        worst = [max(((t - x).norm() / x.norm().clamp_min(1e-30)).item() for t, x in zip(results, exact)) for results in (ours, eager)]
+        assert worst[0] <= 4 * worst[1] + 2 * math.exp(7) * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("traffic", [-10**9, 10**9], ids=["weights of each query", "shared products"])
@@ -293,6 +296,14 @@ def test_reference_uses_no_kernel(monkeypatch):
     network(reference)(*episode())
     with pytest.raises(AssertionError, match="called"):
         network(nn)(*episode())
+
+
+def test_inside_torch_func():
+    """The gradient of a loss over the fast layer, as a function: that of autograd."""
+    model, data = network(nn, second_order=True), episode()
+    parameters = dict(model.named_parameters())
+    functional_gradient = torch.func.grad(lambda p: torch.func.functional_call(model, p, data).sin().sum())(parameters)
+    assert_close(list(functional_gradient.values()), run(model, *data)[3:], rtol=1e-9, atol=1e-10)
 
 
 def test_it_learns():

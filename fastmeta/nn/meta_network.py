@@ -40,10 +40,11 @@ class _Blocked(Function):
         with torch.enable_grad():
             for part, part_grad in zip(gradients.split(ctx.block, 1), grad.split(ctx.block)):
                 inputs = [part, *wanted] if ctx.needs_input_grad[2] else wanted
-                found = torch.autograd.grad(ctx.function(part, *parameters), inputs, part_grad)
+                # along a single gradient, the recurrent weights are not used
+                found = torch.autograd.grad(ctx.function(part, *parameters), inputs, part_grad, allow_unused=True)
                 of_gradients += found[:-len(wanted) or None] if ctx.needs_input_grad[2] else ()
                 for total, one in zip(sums, found[-len(wanted):] if wanted else ()):
-                    total += one
+                    total += 0 if one is None else one
         found = iter(sums)
         return (None, None, torch.cat(of_gradients, 1) if of_gradients else None,
                 *(next(found) if needed else None for needed in ctx.needs_input_grad[3:]))
@@ -57,16 +58,14 @@ def _mlp(gradients, w1, b1, w2, b2, w3, b3):
 
 
 def _lstm(gradients, w_ih, w_hh, b_ih, b_hh, w, b):
-    """With tanh x = 2 sigmoid(2 x) - 1, the four gates are one sigmoid, which is also three times as fast as PyTorch's tanh."""
-    width = w_hh.shape[1]
-    twice = torch.ones_like(b_ih).index_fill(0, torch.arange(2 * width, 3 * width, device=b_ih.device), 2).unsqueeze(1)
-    w_ih, w_hh, bias, h, c = twice * w_ih, twice * w_hh, twice * (b_ih + b_hh).unsqueeze(1), None, None
+    bias, width, h, c = (b_ih + b_hh).unsqueeze(1), w_hh.shape[1], None, None
     for channels in preprocess_gradient(gradients).unbind(1):
         gates = torch.addmm(bias, w_ih, channels)
-        i, f, g, o = (gates if h is None else torch.addmm(gates, w_hh, h)).sigmoid().chunk(4)
-        new = i * (2 * g - 1)
+        input_forget, g, o = (gates if h is None else torch.addmm(gates, w_hh, h)).split([2 * width, width, width])
+        i, f = input_forget.sigmoid().chunk(2)
+        new = i * g.tanh()
         c = new if c is None else torch.addcmul(new, f, c)
-        h = o * c.tanh()
+        h = o.sigmoid() * c.tanh()
     return torch.addmm(b.unsqueeze(1), w, h)[0]
 
 

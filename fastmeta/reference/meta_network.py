@@ -53,7 +53,7 @@ class CoordinateLSTM(nn.Module):
         state = None
         for gradient in gradients:
             state = self.cell(preprocess_gradient(gradient.flatten()).mT, state)
-        return self.output(state[0]).view(gradients.shape[1:])
+        return self.output(state[0]).reshape(gradients.shape[1:])
 
 
 class Generator(nn.Module):
@@ -205,8 +205,9 @@ class MetaNetwork(nn.Module):
 
     def episodes(self, support: Tensor, labels: Tensor, query: Tensor) -> Tensor:
         """``[B, N, ...], [B, N], [B, Q, ...] -> [B, Q, C]``."""
-        logits = [self.episode(*episode) for episode in zip(support, labels, query)]
-        return torch.stack(logits) if logits else query.new_zeros(0, query.shape[1], self.num_classes)
+        if not support.shape[0] or not query.shape[1]:
+            return query.new_zeros(support.shape[0], query.shape[1], self.num_classes)
+        return torch.stack([self.episode(*episode) for episode in zip(support, labels, query)])
 
     def gradient(self, learner: AugmentedLearner, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Of the mean loss, by the slow weights."""
@@ -234,4 +235,4 @@ class MetaNetwork(nn.Module):
                 rows = torch.stack([row[name].flatten() for row in memory])
                 fast[name] = cosine_attention(key, keys, rows, **COSINE).view(weight.shape)
             logits.append(self.base(x, fast))
-        return torch.cat(logits) if len(query) else query.new_zeros(0, self.num_classes)
+        return torch.cat(logits)
