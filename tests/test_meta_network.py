@@ -24,6 +24,8 @@ def network(layers, dtype=torch.float64, **options):
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(std=0.3)
+            elif "_generator." in name and name.endswith(("layers.4.weight", "output.weight")):
+                parameter.mul_(100)  # fast weights as large as the slow ones
     return model
 
 
@@ -168,7 +170,7 @@ def test_equal_to_reference(backend, batch, supports, second_order, dtype):
         exact = run(slow.double(), wide[0], labels, wide[1])
         # A rounding of D enters a generator e^7 times as large, and which tensor it reaches is chance: the worst of all is compared.
         worst = [max(((t - x).norm() / x.norm().clamp_min(1e-30)).item() for t, x in zip(results, exact)) for results in (ours, eager)]
-        assert worst[0] <= 4 * worst[1] + 2 * math.exp(7) * torch.finfo(dtype).eps
+        assert worst[0] <= 4 * worst[1] + 8 * math.exp(7) * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("traffic", [-10**9, 10**9], ids=["weights of each query", "shared products"])

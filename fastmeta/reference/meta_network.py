@@ -127,7 +127,8 @@ class MetaNetwork(nn.Module):
 
     Parameters: ``base`` and ``embedding``, learners; ``base_generator`` (m) and ``embedding_generator`` (d). No fast weight is made for
     ``embedding.output``, which only the loss of step 1 uses. Weights start as in the published code: normal, of variance 1 / inputs, biases 0,
-    the forget gate's 1.
+    the forget gate's 1. Only the last layer of a generator starts a hundred times smaller: else the fast weights are ten times the slow ones,
+    and the first logits of the published sizes are of the order of 1e8.
     """
 
     learner_type = AugmentedLearner
@@ -152,7 +153,8 @@ class MetaNetwork(nn.Module):
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 if parameter.dim() > 1:
-                    nn.init.normal_(parameter, std=parameter[0].numel()**-0.5)
+                    last = "_generator." in name and name.endswith(("layers.4.weight", "output.weight"))
+                    nn.init.normal_(parameter, std=parameter[0].numel()**-0.5 * (0.01 if last else 1))
                 else:
                     nn.init.zeros_(parameter)
                     if name.endswith("bias_ih"):
