@@ -9,6 +9,7 @@ from .full_context import QueryEncoder, SupportEncoder
 from .lrua_memory import LRUAMemory
 from .mann import MANN, LSTMBaseline, MANNCell
 from .matching_network import MatchingNetwork
+from .meta_network import AugmentedLearner, CoordinateLSTM, CoordinateMLP, MetaNetwork
 
-__all__ = ["Conv4", "CosineAttention", "LRUAMemory", "LSTMBaseline", "MANN", "MANNCell", "MatchingNetwork", "QueryEncoder",
-           "SupportEncoder"]
+__all__ = ["AugmentedLearner", "Conv4", "CoordinateLSTM", "CoordinateMLP", "CosineAttention", "LRUAMemory", "LSTMBaseline", "MANN", "MANNCell",
+           "MatchingNetwork", "MetaNetwork", "QueryEncoder", "SupportEncoder"]

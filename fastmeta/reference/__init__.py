@@ -7,7 +7,8 @@ from .lrua_memory import LRUAMemory, LRUAState, lrua_step, lrua_write, memory_re
 from .mann import MANN, LSTMBaseline, MANNCell
 from .mann_episode import MANNState, mann_episode
 from .matching_network import MatchingNetwork
+from .meta_network import AugmentedLearner, CoordinateLSTM, CoordinateMLP, MetaNetwork, preprocess_gradient
 
-__all__ = ["Conv4", "CosineAttention", "LRUAMemory", "LRUAState", "LSTMBaseline", "MANN", "MANNCell", "MANNState", "MatchingNetwork",
-           "QueryEncoder", "SupportEncoder", "cosine_attention", "cosine_scores", "lrua_step", "lrua_write", "mann_episode",
-           "matching_log_probs", "memory_read"]
+__all__ = ["AugmentedLearner", "Conv4", "CoordinateLSTM", "CoordinateMLP", "CosineAttention", "LRUAMemory", "LRUAState", "LSTMBaseline", "MANN",
+           "MANNCell", "MANNState", "MatchingNetwork", "MetaNetwork", "QueryEncoder", "SupportEncoder", "cosine_attention", "cosine_scores",
+           "lrua_step", "lrua_write", "mann_episode", "matching_log_probs", "memory_read", "preprocess_gradient"]
