@@ -266,11 +266,14 @@ class CompilingEmulator(TritonEmulator):
 @contextlib.contextmanager
 def emulated(backend: str, emulator: Callable):
     """Inside, what ``backend`` has for CUDA tensors runs on those of the CPU, by way of ``emulator``."""
+    names = [operation.name for operation in schemas.OPERATIONS]
+    if backend == "cpp":
+        cuda_module()
+    _backend.find_kernels(names)  # where torch has no CUDA, the module is loaded here only
     library = torch.library.Library(_backend.NAMESPACES[backend], "IMPL")
     for operation in _backend._kernels[backend, "cuda"]:
         for name in (operation, operation + "_backward"):
             library.impl(name, functools.partial(emulator, name), "CPU", allow_override=True)
-    names = [operation.name for operation in schemas.OPERATIONS]
     _backend.find_kernels(names)
     try:
         with _backend.use_backend(backend):

@@ -109,8 +109,8 @@ def check_on_machine(what: str, name: str, tensors, options, emulator, backend: 
 def test_nvcc(case):
     if missing := emulation.cuda_is_missing():
         pytest.skip(missing)
-    for one in check(case, emulation.CudaEmulator, "cpp"):
-        assert len(one.launches) == 1 and not one.computations
+    forward, backward = check(case, emulation.CudaEmulator, "cpp")
+    assert len(forward.launches) == len(backward.launches) == 1 and not forward.computations + backward.computations
 
 
 # Without tl.dot the architectures have nearly the same PTX: the second one is tried on the usual sizes.
@@ -118,8 +118,8 @@ def test_nvcc(case):
 def test_triton(case, architecture):
     if missing := emulation.triton_is_missing():
         pytest.skip(missing)
-    for one in check(case, lambda seed: emulation.TritonEmulator(seed, architecture), "triton"):
-        assert len(one.launches) == 1 and not one.computations
+    forward, backward = check(case, lambda seed: emulation.TritonEmulator(seed, architecture), "triton")
+    assert len(forward.launches) == len(backward.launches) == 1 and not forward.computations + backward.computations
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
