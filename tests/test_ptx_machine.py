@@ -1239,6 +1239,20 @@ def test_views_of_a_storage():
         memory.allocate(storage.data_ptr() + 8, 4)
 
 
+def test_memory_that_is_given_again():
+    """What an allocator gave may be freed, and part of it given for something else: nobody wrote there yet."""
+    kernel = module("ld.param.u64 %rd0, [p0]; ld.global.u32 %r1, [%rd0]; st.global.u32 [%rd0+4], %r1;")
+    storage = torch.zeros(8, dtype=torch.int32)
+    memory = ptx.Memory()
+    memory.allocate(storage.data_ptr(), 32, initialised=True)
+    ptx.launch(kernel, 1, 1, [storage], memory)
+    memory.allocate(storage.data_ptr() + 8, 8)
+    with pytest.raises(ptx.Finding, match="uninitialised"):
+        ptx.launch(kernel, 1, 1, [storage[2:]], memory)
+    with pytest.raises(ptx.Finding, match="out-of-bounds"):
+        ptx.launch(kernel, 1, 1, [storage], memory)
+
+
 # ---- order, limits, errors ----------------------------------------------------------------------------------------------------------
 
 def test_seeds_choose_the_order_and_nothing_else():

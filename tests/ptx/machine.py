@@ -163,9 +163,10 @@ class Memory:
         view |= MEMBER | (INITIALISED if initialised else 0) | (WRITABLE if writable else 0)
 
     def allocate(self, pointer, bytes, name=None, initialised=False):
-        """Registers ``bytes`` bytes at an address that an allocator gave; what was registered there is no more."""
+        """Registers ``bytes`` bytes at an address that an allocator gave; what it had given there before is no more."""
         if bytes:
-            for base in [b for b, (size, *_) in self._buffers.items() if b < pointer + bytes and pointer < b + size]:
+            for base in [b for b, (size, _, _, keep) in self._buffers.items() if b < pointer + bytes and pointer < b + size and not any(
+                    owner is not None for owner in keep)]:
                 del self._buffers[base]
             self._state(pointer, bytes, name, None)[:] |= MEMBER | WRITABLE | (INITIALISED if initialised else 0)
 
