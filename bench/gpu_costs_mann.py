@@ -122,7 +122,6 @@ class Cost(NamedTuple):
     dram: int  # distinct sectors, without the weights
     requested: int  # by threads, without the weights
     weights: int  # requested of the weights: from L2
-    distinct_weights: int
     instructions: int  # of threads
     transactions: int  # of shared memory
     ideal_transactions: int
@@ -147,22 +146,13 @@ def costs(backend, operation: str, shape) -> dict[str, Cost]:
         run = emulator.calls.pop()
         if direction == "forward":
             forward = results
-        weights = {f"argument {i}" for i, t in enumerate(given) if any(t is tensors.get(name) for name in WEIGHTS)}
-        total = dict.fromkeys(("dram", "requested", "weights", "instructions", "transactions", "ideal"), 0)
-        distinct = 0
+        weights = {f"argument {i}" for i, t in enumerate(given) if any(t is tensors[name] for name in WEIGHTS if name in tensors)}
         r = run.launches[0].report
-        for name, b in r.buffers.items():
-            requested, sectors = b.read + b.written, SECTOR * (b.unique_sectors_read + b.unique_sectors_written)
-            if name in weights:
-                total["weights"] += requested
-                distinct += sectors
-            else:
-                total["requested"] += requested
-                total["dram"] += sectors
-        total |= dict(instructions=r.instructions, transactions=r.shared_transactions, ideal=r.shared_ideal_transactions)
-        fewest = fewest_bytes(operation, direction, tensors, forward)
-        found[direction] = Cost(tuple(launches), run.computations, fewest * batch, total["dram"] * batch, total["requested"] * batch,
-                                total["weights"] * batch, distinct, total["instructions"] * batch, total["transactions"] * batch, total["ideal"] * batch)
+        rest = [b for name, b in r.buffers.items() if name not in weights]
+        counts = (fewest_bytes(operation, direction, tensors, forward), SECTOR * sum(b.unique_sectors_read + b.unique_sectors_written for b in rest),
+                  sum(b.read + b.written for b in rest), sum(r.buffers[name].read for name in weights), r.instructions, r.shared_transactions,
+                  r.shared_ideal_transactions)
+        found[direction] = Cost(tuple(launches), run.computations, *(n * batch for n in counts))
     return found
 
 

@@ -37,6 +37,12 @@ template <typename Run> auto for_dtype(const Tensor& t, const Run& run) {
   return t.scalar_type() == ScalarType::Double ? run(double{}) : run(float{});
 }
 
+// The first `count` columns of a contiguous tensor, as a matrix.
+inline Tensor columns(const Tensor& t, int64_t width, int64_t count) {
+  Tensor matrix = torch::stable::view(t, {width ? t.numel() / width : 0, width});
+  return torch::stable::narrow(matrix, 1, 0, count);
+}
+
 inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 }  // namespace fastmeta

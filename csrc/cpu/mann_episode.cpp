@@ -429,12 +429,6 @@ template <typename T> struct StateRows {
   State<const T> given() const { return {hidden[0], cell[0], read[0], read_weights[0], usage[0], memory[0]}; }
 };
 
-// The first `count` columns of a contiguous tensor, as a matrix.
-Tensor columns(const Tensor& t, int64_t width, int64_t count) {
-  Tensor matrix = torch::stable::view(t, {width ? t.numel() / width : 0, width});
-  return torch::stable::narrow(matrix, 1, 0, count);
-}
-
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <typename T> Outputs forward(const Episode<T>& e, const Arguments& a, bool save) {

@@ -46,6 +46,7 @@ class Device {
   Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) const;
   // A tensor itself, or a copy that is contiguous.
   Tensor contiguous(const Tensor& t) const;
+  Optional contiguous(const Optional& t) const { return t ? Optional(contiguous(*t)) : t; }
   // The library's product of two matrices.
   Tensor product(const Tensor& a, const Tensor& b) const;
   // Bytes of shared memory that a block can have.

@@ -39,10 +39,9 @@ struct Arguments {
 
   Arguments(const Tensor& memory, const Optional& usage, const Optional& read_weights, const Optional& keys, const Optional& add, const Optional& gate,
             const Optional& strengths, const Options& options)
-      : device(memory), memory(device.contiguous(memory)), usage(contiguous(usage)), read_weights(contiguous(read_weights)), keys(contiguous(keys)),
-        add(contiguous(add)), gate(contiguous(gate)), strengths(contiguous(strengths)), options(options) {}
+      : device(memory), memory(device.contiguous(memory)), usage(device.contiguous(usage)), read_weights(device.contiguous(read_weights)), keys(device.contiguous(keys)),
+        add(device.contiguous(add)), gate(device.contiguous(gate)), strengths(device.contiguous(strengths)), options(options) {}
 
-  Optional contiguous(const Optional& t) const { return t ? Optional(device.contiguous(*t)) : t; }
   int64_t batch() const { return memory.size(0); }
   int64_t heads() const { return (keys ? *keys : *add).size(1); }
 
@@ -65,7 +64,7 @@ template <typename T> Results forward(const Arguments& a) {
   auto make = [&](bool wanted, std::vector<int64_t> sizes) { return wanted ? Optional(a.device.empty(sizes, kScalarType<T>)) : Optional(); };
   const bool reads = a.keys.has_value(), writes = a.gate.has_value();
   Results out{make(reads, {batch, heads, width}), make(writes, {batch, slots, width}), make(reads && writes, {batch, slots}),
-                 make(reads, {batch, heads, slots}), make(writes && !reads, {batch, heads, slots})};
+              make(reads, {batch, heads, slots}), make(writes && !reads, {batch, heads, slots})};
   p.read = data<T>(out.read), p.to_memory = data<T>(out.memory), p.to_usage = data<T>(out.usage), p.to_weights = data<T>(out.weights);
   p.to_written = data<T>(out.written);
   launch_rows<LruaForwardMemory<T>>(a.device, [](bool large) { return kernels_for<T>(large).forward; }, p, p.lrua, batch);
@@ -87,9 +86,9 @@ Gradients backward(const Arguments& a, const Results& result, const Results& gra
   const int64_t batch = a.batch(), slots = p.lrua.slots, width = p.lrua.width, heads = p.lrua.heads;
   auto make = [&](bool is_wanted, std::vector<int64_t> sizes) { return a.device.empty(is_wanted ? sizes : std::vector<int64_t>{0}, kScalarType<T>); };
   Gradients out{make(wanted.memory, {batch, slots, width}), make(wanted.read_weights, {batch, heads, slots}), make(wanted.keys, {batch, heads, width}),
-                   make(wanted.add, {batch, heads, width}),    make(wanted.gate, {batch, heads}),                make(wanted.strengths, {batch, heads})};
-  const Optional after = a.contiguous(result.memory), weights = a.contiguous(result.weights), grad_read = a.contiguous(grad.read);
-  const Optional grad_memory = a.contiguous(grad.memory), grad_weights = a.contiguous(grad.weights), grad_written = a.contiguous(grad.written);
+                make(wanted.add, {batch, heads, width}),    make(wanted.gate, {batch, heads}),                make(wanted.strengths, {batch, heads})};
+  const Optional after = a.device.contiguous(result.memory), weights = a.device.contiguous(result.weights), grad_read = a.device.contiguous(grad.read);
+  const Optional grad_memory = a.device.contiguous(grad.memory), grad_weights = a.device.contiguous(grad.weights), grad_written = a.device.contiguous(grad.written);
   p.after = data<T>(after), p.weights = data<T>(weights), p.grad_read = data<T>(grad_read), p.grad_memory = data<T>(grad_memory);
   p.grad_weights = data<T>(grad_weights), p.grad_written = data<T>(grad_written);
   p.of_memory = data<T>(out.memory), p.of_before = data<T>(out.read_weights), p.of_keys = data<T>(out.keys), p.of_add = data<T>(out.add);

@@ -600,7 +600,7 @@ __device__ __forceinline__ void write_backward(const Lrua<T>& p, const T* before
 }
 
 // store(j, m, gradient by the key, by the add vector), and the gradient by M_t made that by M_{t-1}, in place. Over rows. kReads, kWrites: which of
-// the two there is; kAfter: the gradient of the cosines is still to be added, as they were of M_{t-1}.
+// the two there is; after: the gradient of the cosines is still to be added, as they were of M_{t-1}.
 template <bool kReads, bool kWrites, typename T, typename Store>
 __device__ __forceinline__ void rows_backward(const Lrua<T>& p, const T* memory, const T* keys, const Addressed<T>& a, const T* written,
                                               const int* chosen, bool after, T* of_memory, const GradientSums<T>& sums, const Store& store) {

@@ -57,12 +57,12 @@ struct Arguments {
             bool read_before_write, int64_t eps_mode, double eps, double usage_decay)
       : device(w.inputs), inputs(device.contiguous(w.inputs)), weight(device.contiguous(w.weight)), bias(device.contiguous(w.bias)),
         head_weight(device.contiguous(w.head_weight)), head_bias(device.contiguous(w.head_bias)), state(contiguous(s)),
-        lengths(lengths ? Optional(device.contiguous(*lengths)) : lengths), own_add(own_add), learned_strength(learned_strength), strength(strength),
+        lengths(device.contiguous(lengths)), own_add(own_add), learned_strength(learned_strength), strength(strength),
         least_used(least_used), read_before_write(read_before_write), eps_mode(eps_mode), eps(eps), usage_decay(usage_decay) {}
 
   State contiguous(const State& s) const {
-    auto rows = [&](const Optional& t) { return t ? Optional(device.contiguous(*t)) : t; };
-    return {rows(s.hidden), rows(s.cell), rows(s.read), rows(s.read_weights), rows(s.usage), rows(s.memory)};
+    return {device.contiguous(s.hidden),       device.contiguous(s.cell),  device.contiguous(s.read),
+            device.contiguous(s.read_weights), device.contiguous(s.usage), device.contiguous(s.memory)};
   }
   template <typename T> State make_state(const MannEpisode<T>& e, bool usage) const {
     auto rows = [&](std::vector<int64_t> sizes) { return Optional(device.empty(sizes, kScalarType<T>)); };
@@ -76,11 +76,6 @@ struct Arguments {
     e.steps = small(inputs.size(0)), e.batch = small(inputs.size(1)), e.inputs = small(inputs.size(2)), e.hidden = small(state.hidden->size(1));
     e.heads = small(head_bias.size(0)), e.own_add = own_add, e.learned_strength = learned_strength;
     e.lengths = data<int64_t>(lengths), e.weight = data<T>(weight), e.head_weight = data<T>(head_weight), e.from = state.given<T>();
-  }
-  // The first `count` columns of a contiguous tensor, as a matrix.
-  static Tensor columns(const Tensor& t, int64_t width, int64_t count) {
-    Tensor matrix = torch::stable::view(t, {width ? t.numel() / width : 0, width});
-    return torch::stable::narrow(matrix, 1, 0, count);
   }
 };
 
@@ -99,8 +94,8 @@ template <typename T> Outputs forward(const Arguments& a, bool save) {
   const Tensor checkpoints = device.empty(save ? Sizes{ceil_divide(steps, kSegment), batch, width, slots} : Sizes{0}, kScalarType<T>);
   e.tape = data<T>(tape), e.slots = data<int64_t>(chosen), e.checkpoints = data<T>(checkpoints);
 
-  Tensor input_weight = Arguments::columns(a.weight, e.entering(), e.inputs);
-  const Tensor projected = device.product(Arguments::columns(a.inputs, e.inputs, e.inputs), torch::stable::transpose(input_weight, 0, 1));
+  Tensor input_weight = columns(a.weight, e.entering(), e.inputs);
+  const Tensor projected = device.product(columns(a.inputs, e.inputs, e.inputs), torch::stable::transpose(input_weight, 0, 1));
   e.given = data<T>(a.inputs), e.projected = data<T>(projected), e.bias = data<T>(a.bias), e.head_bias = data<T>(a.head_bias);
   e.outputs = data<T>(outputs), e.to = to.rows<T>();
   launch_rows<MannForwardMemory<T>>(device, [](bool large) { return kernels_for<T>(large).forward; }, e, e, batch);
@@ -133,12 +128,12 @@ Outputs backward(const Arguments& a, int64_t needs, const State& given_grad, con
   auto only = [&](int bit, const Optional& t) { return wanted(bit) ? *t : device.empty({0}, kScalarType<T>); };
   using torch::stable::transpose;
   return {when(0, [&] {
-            const Tensor product = device.product(gates, Arguments::columns(a.weight, e.entering(), e.inputs));
+            const Tensor product = device.product(gates, columns(a.weight, e.entering(), e.inputs));
             return torch::stable::view(product, {e.steps, e.batch, e.inputs});
           }),
-          when(1, [&] { return device.product(transpose(gates, 0, 1), Arguments::columns(tape, e.line(), e.entering())); }),
+          when(1, [&] { return device.product(transpose(gates, 0, 1), columns(tape, e.line(), e.entering())); }),
           of_bias,
-          when(3, [&] { return device.product(transpose(heads, 0, 1), Arguments::columns(outputs, e.carried(), e.hidden)); }),
+          when(3, [&] { return device.product(transpose(heads, 0, 1), columns(outputs, e.carried(), e.hidden)); }),
           of_head_bias,
           only(5, grad_from.hidden),
           only(6, grad_from.cell),
