@@ -12,7 +12,7 @@ from .lrua_memory import lrua_step, lrua_write, memory_read
 from .mann_episode import mann_episode
 
 OPERATIONS = (cosine_attention, matching_log_probs, memory_read, lrua_write, lrua_step, mann_episode, coordinate_mlp, coordinate_lstm)
-IN_TRITON = (cosine_attention, matching_log_probs, memory_read, lrua_write, lrua_step)
+IN_TRITON = (cosine_attention, matching_log_probs, memory_read, lrua_write, lrua_step, coordinate_mlp, coordinate_lstm)
 
 
 def _in_triton(name: str):
