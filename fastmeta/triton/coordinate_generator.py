@@ -62,20 +62,15 @@ def _row(base, j, W, BLOCK_W: tl.constexpr):
 
 
 @triton.jit
-def _unit(scratch, j, BLOCK: tl.constexpr):
+def _unit(tile, j, BLOCK: tl.constexpr, BLOCK_W: tl.constexpr):
     """Unit j of a tile in scratch, down a tile."""
-    return _load(scratch, j, 0, BLOCK, BLOCK)[:, None]
+    return tl.load(tile + j + tl.arange(0, BLOCK) * BLOCK_W)[:, None]
 
 
 @triton.jit
-def _keep(scratch, tile, real, W, BLOCK: tl.constexpr, BLOCK_W: tl.constexpr):
-    """A tile to ``scratch [W, BLOCK]``; zeros for coordinates past the end, which take part in sums."""
-    _store_tile(scratch, 0, 0, W, BLOCK, tl.trans(tl.where(real[:, None], tile, 0.0)), BLOCK_W, BLOCK)
-
-
-@triton.jit
-def _kept(scratch, W, BLOCK: tl.constexpr, BLOCK_W: tl.constexpr):
-    return tl.trans(_load_tile(scratch, 0, 0, W, BLOCK, BLOCK_W, BLOCK))
+def _keep(scratch, tile, real, BLOCK: tl.constexpr, BLOCK_W: tl.constexpr):
+    """A tile to scratch; zeros for coordinates past the end, which take part in sums."""
+    _store_tile(scratch, 0, 0, BLOCK, BLOCK_W, tl.where(real[:, None], tile, 0.0), BLOCK, BLOCK_W)
 
 
 @triton.jit
@@ -122,11 +117,11 @@ def _perceptron(size, scaled, real, weight_1, bias_1, weight_2, bias_2, hidden, 
     """Both hidden layers; the first one is in ``hidden``, too. ``weight_1 [2, W]``, ``weight_2 [W, W]``, a row for each unit below."""
     first = _relu(_of_channels(size, scaled, weight_1, bias_1, 0, 1, W, BLOCK_W))
     tl.debug_barrier()  # others may still read the block before
-    _keep(hidden, first, real, W, BLOCK, BLOCK_W)
+    _keep(hidden, first, real, BLOCK, BLOCK_W)
     tl.debug_barrier()
     second = tl.zeros([BLOCK, BLOCK_W], first.dtype) + _row(bias_2, 0, W, BLOCK_W)
     for j in range(W):
-        second += _unit(hidden, j, BLOCK) * _row(weight_2, j, W, BLOCK_W)
+        second += _unit(hidden, j, BLOCK, BLOCK_W) * _row(weight_2, j, W, BLOCK_W)
     return first, _relu(second)
 
 
@@ -135,7 +130,7 @@ def mlp_forward_kernel(gradients, weight_1, bias_1, weight_2, bias_2, weight_3, 
                        programs: tl.int32, BLOCK: tl.constexpr, BLOCK_W: tl.constexpr):
     """Every ``programs``-th block of coordinates."""
     program = tl.program_id(0)
-    hidden += program.to(tl.int64) * W * BLOCK
+    hidden += program.to(tl.int64) * BLOCK * BLOCK_W
     for block in range(program, blocks, programs):
         m = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         size, scaled, _ = _channels(tl.load(gradients + m, mask=m < M, other=0.0))
@@ -148,8 +143,8 @@ def mlp_backward_kernel(of_result, gradients, weight_1, bias_1, weight_2, bias_2
                         W: tl.int32, blocks: tl.int32, programs: tl.int32, needs: tl.int32, BLOCK: tl.constexpr, BLOCK_W: tl.constexpr):
     """The same backward. ``by_unit``: weight_2 again, a row for each unit above; ``needs``: bit 0 of the gradients, the others of sums."""
     program = tl.program_id(0)
-    hidden += program.to(tl.int64) * W * BLOCK
-    flow += program.to(tl.int64) * W * BLOCK
+    hidden += program.to(tl.int64) * BLOCK * BLOCK_W
+    flow += program.to(tl.int64) * BLOCK * BLOCK_W
     sums += program.to(tl.int64) * (W + 6) * W
     for block in range(program, blocks, programs):
         begins = block == program
@@ -160,13 +155,13 @@ def mlp_backward_kernel(of_result, gradients, weight_1, bias_1, weight_2, bias_2
         size, scaled, _ = _channels(gradient)
         first, second = _perceptron(size, scaled, real, weight_1, bias_1, weight_2, bias_2, hidden, W, BLOCK, BLOCK_W)
         of_second = tl.where(real[:, None] & ~(second <= 0), slope[:, None] * _row(weight_3, 0, W, BLOCK_W), 0.0)
-        _keep(flow, of_second, real, W, BLOCK, BLOCK_W)
+        _keep(flow, of_second, real, BLOCK, BLOCK_W)
         tl.debug_barrier()
         of_first = tl.zeros([BLOCK, BLOCK_W], gradient.dtype)
         for j in range(W):
-            of_first += _unit(flow, j, BLOCK) * _row(by_unit, j, W, BLOCK_W)
+            of_first += _unit(flow, j, BLOCK, BLOCK_W) * _row(by_unit, j, W, BLOCK_W)
             if needs > 1:
-                _add(sums, 3 + j, tl.sum(_unit(hidden, j, BLOCK) * of_second, 0), W, begins, BLOCK_W)
+                _add(sums, 3 + j, tl.sum(_unit(hidden, j, BLOCK, BLOCK_W) * of_second, 0), W, begins, BLOCK_W)
         of_first = tl.where(real[:, None] & ~(first <= 0), of_first, 0.0)
         if needs > 1:
             _add(sums, 0, tl.sum(of_first * size[:, None], 0), W, begins, BLOCK_W)
@@ -193,7 +188,7 @@ def _gates(size, scaled, hidden, weight_ih, weight_hh, bias, W, BLOCK: tl.conste
     g = _of_channels(size, scaled, weight_ih, bias, 2, 4, W, BLOCK_W)
     o = _of_channels(size, scaled, weight_ih, bias, 3, 4, W, BLOCK_W)
     for j in range(W):
-        h = _unit(hidden, j, BLOCK)
+        h = _unit(hidden, j, BLOCK, BLOCK_W)
         i += h * _row(weight_hh, 4 * j, W, BLOCK_W)
         f += h * _row(weight_hh, 4 * j + 1, W, BLOCK_W)
         g += h * _row(weight_hh, 4 * j + 2, W, BLOCK_W)
@@ -206,7 +201,7 @@ def lstm_forward_kernel(gradients, weight_ih, weight_hh, bias, output_weight, ou
                         blocks: tl.int32, programs: tl.int32, BLOCK: tl.constexpr, BLOCK_W: tl.constexpr):
     """Every ``programs``-th block of coordinates."""
     program = tl.program_id(0)
-    hidden += program.to(tl.int64) * W * BLOCK
+    hidden += program.to(tl.int64) * BLOCK * BLOCK_W
     for block in range(program, blocks, programs):
         m = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         real = m < M
@@ -215,7 +210,7 @@ def lstm_forward_kernel(gradients, weight_ih, weight_hh, bias, output_weight, ou
         for t in range(T):
             size, scaled, _ = _channels(tl.load(gradients + t * M + m, mask=real, other=0.0))
             tl.debug_barrier()  # others may still read the step before
-            _keep(hidden, h, real, W, BLOCK, BLOCK_W)
+            _keep(hidden, h, real, BLOCK, BLOCK_W)
             tl.debug_barrier()
             i, f, g, o = _gates(size, scaled, hidden, weight_ih, weight_hh, bias, W, BLOCK, BLOCK_W)
             c = f * c + i * g
@@ -235,9 +230,10 @@ def _add_gate(sums, gate, flow, size, scaled, W, begins, BLOCK_W: tl.constexpr):
 def lstm_backward_kernel(of_result, gradients, weight_ih, weight_hh, bias, output_weight, by_gate, to_gradients, sums, tape, flow, M: tl.int64,
                          T: tl.int32, W: tl.int32, blocks: tl.int32, programs: tl.int32, needs: tl.int32, BLOCK: tl.constexpr, BLOCK_W: tl.constexpr):
     """The same backward. ``by_gate [4W, W]``: weight_hh again, a row for each unit above; ``tape``: h and c before each step."""
+    TILE: tl.constexpr = BLOCK * BLOCK_W
     program = tl.program_id(0)
-    tape += program.to(tl.int64) * T * 2 * W * BLOCK
-    flow += program.to(tl.int64) * 4 * W * BLOCK
+    tape += program.to(tl.int64) * T * 2 * TILE
+    flow += program.to(tl.int64) * 4 * TILE
     sums += program.to(tl.int64) * (W + 5) * 4 * W
     for block in range(program, blocks, programs):
         m = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -246,9 +242,9 @@ def lstm_backward_kernel(of_result, gradients, weight_ih, weight_hh, bias, outpu
         c = tl.zeros([BLOCK, BLOCK_W], gradients.dtype.element_ty)
         for t in range(T):
             size, scaled, _ = _channels(tl.load(gradients + t * M + m, mask=real, other=0.0))
-            before = tape + t * 2 * W * BLOCK
-            _keep(before, h, real, W, BLOCK, BLOCK_W)
-            _keep(before + W * BLOCK, c, real, W, BLOCK, BLOCK_W)
+            before = tape + t * 2 * TILE
+            _keep(before, h, real, BLOCK, BLOCK_W)
+            _keep(before + TILE, c, real, BLOCK, BLOCK_W)
             tl.debug_barrier()
             i, f, g, o = _gates(size, scaled, before, weight_ih, weight_hh, bias, W, BLOCK, BLOCK_W)
             c = f * c + i * g
@@ -264,9 +260,9 @@ def lstm_backward_kernel(of_result, gradients, weight_ih, weight_hh, bias, outpu
             begins = (block == program) & (step == 0)
             gradient = tl.load(gradients + t * M + m, mask=real, other=0.0)
             size, scaled, _ = _channels(gradient)
-            before = tape + t * 2 * W * BLOCK
+            before = tape + t * 2 * TILE
             i, f, g, o = _gates(size, scaled, before, weight_ih, weight_hh, bias, W, BLOCK, BLOCK_W)
-            c = _kept(before + W * BLOCK, W, BLOCK, BLOCK_W)
+            c = _load_tile(before + TILE, 0, 0, BLOCK, BLOCK_W, BLOCK, BLOCK_W)
             squashed = _tanh(f * c + i * g)
             of_c += of_h * o * (1 - squashed * squashed)
             # From here on the gradients of what enters the gates, in the names of these.
@@ -278,22 +274,28 @@ def lstm_backward_kernel(of_result, gradients, weight_ih, weight_hh, bias, outpu
             of_c *= f
             f = of_f
             tl.debug_barrier()  # others may still read the step after
-            _keep(flow, i, real, W, BLOCK, BLOCK_W)
-            _keep(flow + W * BLOCK, f, real, W, BLOCK, BLOCK_W)
-            _keep(flow + 2 * W * BLOCK, g, real, W, BLOCK, BLOCK_W)
-            _keep(flow + 3 * W * BLOCK, o, real, W, BLOCK, BLOCK_W)
+            _keep(flow, i, real, BLOCK, BLOCK_W)
+            _keep(flow + TILE, f, real, BLOCK, BLOCK_W)
+            _keep(flow + 2 * TILE, g, real, BLOCK, BLOCK_W)
+            _keep(flow + 3 * TILE, o, real, BLOCK, BLOCK_W)
             tl.debug_barrier()
             if needs > 1:
                 _add_gate(sums, 0, i, size, scaled, W, begins, BLOCK_W)
                 _add_gate(sums, 1, f, size, scaled, W, begins, BLOCK_W)
                 _add_gate(sums, 2, g, size, scaled, W, begins, BLOCK_W)
                 _add_gate(sums, 3, o, size, scaled, W, begins, BLOCK_W)
-                for j in range(W):
-                    h = _unit(before, j, BLOCK)
-                    _add(sums, (3 + j) * 4, tl.sum(h * i, 0), W, begins, BLOCK_W)
-                    _add(sums, (3 + j) * 4 + 1, tl.sum(h * f, 0), W, begins, BLOCK_W)
-                    _add(sums, (3 + j) * 4 + 2, tl.sum(h * g, 0), W, begins, BLOCK_W)
-                    _add(sums, (3 + j) * 4 + 3, tl.sum(h * o, 0), W, begins, BLOCK_W)
+            of_h = tl.zeros([BLOCK, BLOCK_W], gradient.dtype)
+            for j in range(W):
+                of_h += _unit(flow, j, BLOCK, BLOCK_W) * _row(by_gate, j, W, BLOCK_W)
+                of_h += _unit(flow + TILE, j, BLOCK, BLOCK_W) * _row(by_gate, W + j, W, BLOCK_W)
+                of_h += _unit(flow + 2 * TILE, j, BLOCK, BLOCK_W) * _row(by_gate, 2 * W + j, W, BLOCK_W)
+                of_h += _unit(flow + 3 * TILE, j, BLOCK, BLOCK_W) * _row(by_gate, 3 * W + j, W, BLOCK_W)
+                if needs > 1:
+                    below = _unit(before, j, BLOCK, BLOCK_W)
+                    _add(sums, (3 + j) * 4, tl.sum(below * i, 0), W, begins, BLOCK_W)
+                    _add(sums, (3 + j) * 4 + 1, tl.sum(below * f, 0), W, begins, BLOCK_W)
+                    _add(sums, (3 + j) * 4 + 2, tl.sum(below * g, 0), W, begins, BLOCK_W)
+                    _add(sums, (3 + j) * 4 + 3, tl.sum(below * o, 0), W, begins, BLOCK_W)
             if needs & 1:
                 inside = tl.arange(0, BLOCK_W)[None, :] < W
                 of_size = i * _row(weight_ih, 0, W, BLOCK_W) + f * _row(weight_ih, 1, W, BLOCK_W)
@@ -302,9 +304,6 @@ def lstm_backward_kernel(of_result, gradients, weight_ih, weight_hh, bias, outpu
                 of_scaled += g * _row(weight_ih, 6, W, BLOCK_W) + o * _row(weight_ih, 7, W, BLOCK_W)
                 of_size, of_scaled = tl.sum(tl.where(inside, of_size, 0.0), 1), tl.sum(tl.where(inside, of_scaled, 0.0), 1)
                 tl.store(to_gradients + t * M + m, _channels_backward(gradient, of_size, of_scaled), mask=real)
-            of_h = tl.zeros([BLOCK, BLOCK_W], gradient.dtype)
-            for j in range(4 * W):
-                of_h += _unit(flow, j, BLOCK) * _row(by_gate, j, W, BLOCK_W)
         tl.debug_barrier()  # others may still read the tape
 
 
@@ -361,7 +360,7 @@ class _Problem:
 
     def tiles(self, count: int = 1) -> Tensor:
         """Scratch of each program."""
-        return self.empty(self.programs, count, self.width, self.block)
+        return self.empty(self.programs, count, *self.constants.values())
 
     def launch(self, kernel, arguments: dict) -> None:
         device.launch(kernel, self.programs, arguments, self.constants, self.warps, 1)
