@@ -56,6 +56,18 @@ def _parser() -> argparse.ArgumentParser:
     mann("usage_decay", "what is left of the usage after a step", type=float)
     mann("side", "of the images, in pixels", type=int)
 
+    metanet = _settings(kinds, "metanet", "a Meta Network (Munkhdalai & Yu, 2017)")
+    metanet("way", "classes of an episode, in training and after it", type=int)
+    metanet("shot", "supports of each class", type=int)
+    metanet("queries", "queries of each class", type=int)
+    metanet("clip", "largest norm of the gradient, 0 for any", type=float)
+    metanet("channels", "of the convolutions of both learners", type=int)
+    metanet("blocks", "of convolution and pooling in both learners", type=int)
+    metanet("hidden", "width of the layer after the blocks", type=int)
+    metanet("generator_width", "of the two networks that make the fast weights", type=int)
+    metanet("embedding_steps", "gradients that the embedding's fast weights are made of", type=int)
+    metanet("second_order", "gradients flow through the gradients that fast weights are made of")
+
     evaluate = commands.add_parser("evaluate", help="accuracy of checkpoints on test classes, with its 95%% interval")
     evaluate.add_argument("checkpoint", type=Path, nargs="+", help="checkpoint.pt, or the folder of a run")
     evaluate.add_argument("--way", type=int, default=argparse.SUPPRESS, help="matching: classes of an episode (default: 5)")

@@ -1,6 +1,8 @@
 """Accuracy on episodes of classes never seen, with its interval, and the baseline to beat."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -8,6 +10,7 @@ from torch import Tensor, nn
 
 from ..data import Episodes, LabelledImages
 from ..data.sequences import Sequence, Sequences, label_vectors
+from ..reference import MetaNetwork
 
 CHUNK = 500  # images that go through the embedding at once
 BATCH = 16  # episodes that go through the head, or MANN, at once
@@ -31,26 +34,41 @@ def _accuracy(correct: Tensor) -> Accuracy:
     return Accuracy(each.mean().item(), 1.96 * spread / math.sqrt(len(each)), len(each))
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module, data: LabelledImages, *, way: int, shot: int, queries: int, episodes: int, seed: int = 0) -> Accuracy:
-    """Accuracy of a :class:`fastmeta.nn.MatchingNetwork` on ``episodes`` episodes of ``data``; nothing is adapted to them.
-
-    Batch normalisation uses the statistics of training, so an image's features do not depend on its episode: each image is embedded
-    once, and the episodes are drawn from the features. (Statistics of the test episode itself would be transductive.)
-    """
-    embedding, training = model.embedding, model.training
-    model.eval()
+@contextlib.contextmanager
+def _embedded(model: nn.Module, images: Tensor) -> Iterator[Tensor]:
+    """The features of all images, which ``model`` takes in their place as long as the context lasts."""
+    embedding = model.embedding
+    features = torch.cat([embedding(chunk.float() / 255) for chunk in images.split(CHUNK)])
+    model.embedding = nn.Identity()
     try:
-        features = torch.cat([embedding(chunk.float() / 255) for chunk in data.images.split(CHUNK)])
-        model.embedding = nn.Identity()
-        drawn = Episodes(features, data.labels, way=way, shot=shot, queries=queries, seed=seed, length=episodes)
-        correct = []
-        for start in range(0, episodes, BATCH):
-            batch = drawn.batch(range(start, min(start + BATCH, episodes)))
-            predicted = model(batch.support, batch.support_labels, batch.query, num_classes=way).argmax(-1)
-            correct.append(predicted == batch.query_labels)
+        yield features
     finally:
         model.embedding = embedding
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: LabelledImages, *, way: int, shot: int, queries: int, episodes: int, seed: int = 0) -> Accuracy:
+    """Accuracy of a :class:`fastmeta.nn.MatchingNetwork` or :class:`fastmeta.nn.MetaNetwork` on ``episodes`` episodes of ``data``.
+
+    Nothing is trained on them. In a Matching Network, batch normalisation uses the statistics of training, so an image's features do not
+    depend on its episode: each image is embedded once, and the episodes are drawn from the features. (Statistics of the test episode
+    itself would be transductive.) A Meta Network embeds with weights of the episode. It has an output for each class, so that ``way`` must be
+    that of the training: ``ValueError``.
+    """
+    meta, training = isinstance(model, MetaNetwork), model.training
+    if meta and way != model.num_classes:
+        raise ValueError(f"way must be {model.num_classes}, as in training, got {way}: a Meta Network has an output for each class")
+    size = 1 if meta else BATCH
+    model.eval()
+    try:
+        with contextlib.nullcontext(data.images) if meta else _embedded(model, data.images) as items:
+            drawn = Episodes(items, data.labels, way=way, shot=shot, queries=queries, seed=seed, length=episodes)
+            correct = []
+            for start in range(0, episodes, size):
+                batch = drawn.batch(range(start, min(start + size, episodes)))
+                predicted = model(batch.support, batch.support_labels, batch.query).argmax(-1)
+                correct.append(predicted == batch.query_labels)
+    finally:
         model.train(training)
     return _accuracy(torch.cat(correct))
 

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from ..data import LabelledImages
 from ..data.sequences import Sequences, label_shape
 from ..reference.mann import DEFAULT_PRESET
 from .evaluation import by_presentation, evaluate_presentations, sequence_logits
-from .run import LAYERS, Run
+from .run import LAYERS, Run, check_config
 
 NETWORKS = ("mann", "lstm")
 
@@ -43,15 +44,9 @@ class MANNConfig:
     layers: str = "fast"
 
     def __post_init__(self):
-        for name in ("classes", "presentations", "episodes_per_batch", "steps", "side"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_config(self, "classes", "presentations", "side")
         if self.network not in NETWORKS:
             raise ValueError(f"network must be one of {', '.join(map(repr, NETWORKS))}, got {self.network!r}")
-        if self.clip < 0:
-            raise ValueError(f"clip must not be negative, got {self.clip}")
-        if self.eval_every and not self.validation_classes:
-            raise ValueError("eval_every needs classes to evaluate on: hold some out with validation_classes")
 
 
 def build(config: MANNConfig) -> nn.Module:
@@ -76,11 +71,9 @@ class MANNRun(Run):
 
     build_model = staticmethod(build)
 
-    def draw(self) -> Sequences:
+    def draw(self, images: LabelledImages, **options) -> Sequences:
         config = self.config
-        return Sequences(self.data.train.rotated() if config.rotations else self.data.train, classes=config.classes,
-                         presentations=config.presentations, labels=config.labels, side=config.side, seed=config.seed,
-                         length=config.steps * config.episodes_per_batch, distortion=config.distortion)
+        return Sequences(images, classes=config.classes, presentations=config.presentations, labels=config.labels, side=config.side, **options)
 
     def accumulate(self, numbers: range) -> Tensor:
         batch = self.episodes.batch(numbers)
@@ -92,10 +85,6 @@ class MANNRun(Run):
         each = by_presentation(right, batch.presentation, self.config.presentations)
         means = torch.cat([torch.stack([loss.detach(), right.float().mean()]), each.float().mean((1, 2))])
         return means.double() / self.world
-
-    def finish(self) -> None:
-        if self.config.clip:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
 
     def line(self, means: list[float]) -> dict:
         return super().line(means) | {"presentations": [round(mean, 4) for mean in means[2:]]}

@@ -7,9 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import nll_loss
 
-from ..data import Episodes
-from .evaluation import evaluate
-from .run import LAYERS, Run
+from .run import LAYERS, Run, check_config
 
 ENCODERS = {"conv4": "Conv4"}  # the name on the command line, and the layer's
 PRECISIONS = ("float32", "bfloat16")
@@ -42,13 +40,9 @@ class MatchingConfig:
     layers: str = "fast"
 
     def __post_init__(self):
-        for name in ("way", "shot", "queries", "episodes_per_batch", "steps", "channels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_config(self, "way", "shot", "queries", "channels")
         if self.fce_steps is not None and not self.fce:
             raise ValueError("fce_steps has no meaning without fce")
-        if self.eval_every and not self.validation_classes:
-            raise ValueError("eval_every needs classes to evaluate on: hold some out with validation_classes")
 
 
 def build(config: MatchingConfig) -> nn.Module:
@@ -82,12 +76,6 @@ class MatchingRun(Run):
 
     build_model = staticmethod(build)
 
-    def draw(self) -> Episodes:
-        config = self.config
-        images = self.data.train.rotated() if config.rotations else self.data.train
-        return Episodes(images.images, images.labels, way=config.way, shot=config.shot, queries=config.queries, seed=config.seed,
-                        length=config.steps * config.episodes_per_batch, distortion=config.distortion)
-
     def accumulate(self, numbers: range) -> Tensor:
         config = self.config
         before = [buffer.clone() for buffer in self.model.buffers()]
@@ -119,10 +107,3 @@ class MatchingRun(Run):
     def line(self, means: list[float]) -> dict:
         line = super().line(means)
         return line | {"scale": round(self.model.attention.scale.item(), 4)} if self.config.learn_scale else line
-
-    def validate(self) -> tuple[object, str]:
-        config = self.config
-        # 200 episodes: an interval of about half a percent, enough to see a curve.
-        validation = evaluate(self.model, self.data.validation, way=config.way, shot=config.shot, queries=config.queries, episodes=200,
-                              seed=config.seed)
-        return round(validation.mean, 5), str(validation)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import nn
 
 from ..data import Split
-from . import mann, matching, run
+from . import mann, matching, metanet, run
 from .checkpoint import load_checkpoint
 
 
@@ -17,7 +17,8 @@ class Model(NamedTuple):
 
 
 MODELS = {each.name: Model(config, each) for config, each in ((matching.MatchingConfig, matching.MatchingRun),
-                                                             (mann.MANNConfig, mann.MANNRun))}
+                                                             (mann.MANNConfig, mann.MANNRun),
+                                                             (metanet.MetaNetConfig, metanet.MetaNetRun))}
 
 
 def _run_of(config) -> type[run.Run]:
@@ -25,7 +26,7 @@ def _run_of(config) -> type[run.Run]:
 
 
 def build(config) -> nn.Module:
-    """The untrained network of a :class:`MatchingConfig` or :class:`MANNConfig`, its weights drawn from the seed."""
+    """The untrained network of a configuration of one of the models, its weights drawn from the seed."""
     return _run_of(config).build_model(config)
 
 

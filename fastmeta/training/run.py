@@ -21,11 +21,23 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .. import nn as fast
 from .. import reference
-from ..data import Split
+from ..data import Episodes, LabelledImages, Split
 from ..data.cache import atomic_write
 from .checkpoint import load_checkpoint, save_checkpoint
+from .evaluation import evaluate
 
 LAYERS = {"fast": fast, "reference": reference}
+
+
+def check_config(config, *positive: str) -> None:
+    """``ValueError`` for a number that no run can have; ``positive``: the fields that must be, beside those of every run."""
+    for name in (*positive, "episodes_per_batch", "steps"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} must be at least 1, got {getattr(config, name)}")
+    if getattr(config, "clip", 0) < 0:
+        raise ValueError(f"clip must not be negative, got {config.clip}")
+    if config.eval_every and not config.validation_classes:
+        raise ValueError("eval_every needs classes to evaluate on: hold some out with validation_classes")
 
 
 def train(kind: type["Run"], config, data: Split, out: Path, *, resume: bool = False, checkpoint_every: int = 200) -> int:
@@ -60,7 +72,8 @@ def _processes() -> Iterator[tuple[int, int]]:
 class Run:
     """The parts that every model shares. A subclass says what the model is, what a step does, and what is worth a line of the log.
 
-    ``config`` is a frozen dataclass with at least ``steps``, ``episodes_per_batch``, ``lr`` and ``eval_every``.
+    ``config`` is a frozen dataclass with at least ``steps``, ``episodes_per_batch``, ``lr``, ``seed``, ``rotations``, ``distortion`` and ``eval_every``.
+    Episodes are N-way K-shot ones, for which it has ``way``, ``shot`` and ``queries``, unless a subclass draws others.
     """
 
     name: str  # on the command line
@@ -74,7 +87,8 @@ class Run:
         self.step, self.seconds = 0, 0.0
         self.window = torch.zeros(self.measures + 1, dtype=torch.float64)  # since the last line of the log: measures, steps
         self.log_every = math.ceil(config.steps / 400)
-        self.episodes = self.draw()
+        self.episodes = self.draw(data.train.rotated() if config.rotations else data.train, seed=config.seed, distortion=config.distortion,
+                                  length=config.steps * config.episodes_per_batch)
 
         checkpoint = out / "checkpoint.pt"
         if checkpoint.exists():
@@ -93,9 +107,10 @@ class Run:
         """The untrained network, its weights drawn from the seed."""
         raise NotImplementedError
 
-    def draw(self):
-        """The data set of the episodes, ``config.steps * config.episodes_per_batch`` of them."""
-        raise NotImplementedError
+    def draw(self, images: LabelledImages, **options):
+        """The data set of the run's episodes; ``options`` are their seed, length and distortion."""
+        config = self.config
+        return Episodes(images.images, images.labels, way=config.way, shot=config.shot, queries=config.queries, **options)
 
     def accumulate(self, numbers: range) -> Tensor:
         """Forward and backward of these episodes, this process' share of a step; returns its part of the means over the step."""
@@ -106,7 +121,9 @@ class Run:
         return []
 
     def finish(self) -> None:
-        """After the gradients are complete, before the optimizer's step."""
+        """After the gradients are complete, before the optimizer's step: ``config.clip`` is the largest norm of the gradient, 0 for any."""
+        if self.config.clip:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
 
     def line(self, means: list[float]) -> dict:
         """What of the means of ``measures`` goes into the log, ``loss`` and ``accuracy`` among it."""
@@ -114,7 +131,11 @@ class Run:
 
     def validate(self) -> tuple[object, str]:
         """Accuracy on the held-out classes: for the log, and in words."""
-        raise NotImplementedError
+        config = self.config
+        # 200 episodes: an interval of about half a percent, enough to see a curve.
+        validation = evaluate(self.model, self.data.validation, way=config.way, shot=config.shot, queries=config.queries, episodes=200,
+                              seed=config.seed)
+        return round(validation.mean, 5), str(validation)
 
     def _restore(self, state: dict) -> None:
         theirs = state["config"]
