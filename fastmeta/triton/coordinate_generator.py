@@ -31,7 +31,7 @@ from .cosine_attention import _divide, _kernel
 from .lrua_memory import _bits, _load, _load_tile, _store_tile
 
 P, EPS, EXP_P = map(tl.constexpr, (PREPROCESSING_P, PREPROCESSING_EPS, math.exp(PREPROCESSING_P)))
-PROGRAMS = 2048  # at most: they fill 128 processors with 16 warps each, and their sums for an LSTM of width 20 are 16 MB
+PROGRAMS = 1024  # at most: 8 warps, as many as have room, for each of 128 processors; their sums for an LSTM of width 20 are 8 MB
 SUMMED = ("to_input", "to_bias", "to_hidden", "to_output", "to_output_bias", "to_hidden_bias")  # the order of sum_kernel
 
 
@@ -345,8 +345,8 @@ class _Problem:
 
     def __init__(self, gradients: Tensor, width: int):
         self.device, self.dtype, self.width = gradients.device, gradients.dtype, width
-        block_w = triton.next_power_of_2(width)
-        self.warps = min(max(block_w // 32, 1), 8)
+        block_w = max(32, triton.next_power_of_2(width))
+        self.warps = min(block_w // 32, 8)
         # Fewer coordinates than threads: Triton then has each thread load what it needs of a unit, instead of passing it on.
         self.block = max(min(64 // self.dtype.itemsize, 4096 // block_w), 1)
         blocks = triton.cdiv(gradients.shape[-1], self.block)
