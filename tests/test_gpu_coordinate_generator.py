@@ -3,10 +3,10 @@
 Small enough to be run on every deliberate fault of ``mutations.py``. So that programs have several blocks of coordinates, there are at most three.
 """
 
+import contextlib
 import math
 import subprocess
 from typing import NamedTuple
-from unittest import mock
 
 import emulation
 import pytest
@@ -15,7 +15,7 @@ from helpers import finish, spawn_python
 from test_gpu_lrua_memory import SEEDS, check_on_machine
 from test_mann_operations import values_and_gradients
 
-from fastmeta import _backend, functional, reference
+from fastmeta import functional, reference
 
 MLP, LSTM = "coordinate_mlp", "coordinate_lstm"
 NAMES = {MLP: ("gradients", "weight_1", "bias_1", "weight_2", "bias_2", "weight_3", "bias_3"),
@@ -67,11 +67,22 @@ def inputs(case: Case):
     return {name: t.requires_grad_(case.wanted in ("all", name)) for name, t in zip(NAMES[case.name], tensors, strict=True)}, {}
 
 
-def check(case: Case, emulator, backend: str, seeds=SEEDS):
+@contextlib.contextmanager
+def programs(name, count):
+    """Inside, there are at most so many programs of the operation."""
     import fastmeta.triton
 
-    # In the operation's own module, which may be one with a deliberate fault.
-    with mock.patch.dict(fastmeta.triton.coordinate_mlp.__globals__, PROGRAMS=3), mock.patch.dict(fastmeta.triton.coordinate_lstm.__globals__, PROGRAMS=3):
+    module = getattr(fastmeta.triton, name).__globals__  # of its own module, which may be one with a deliberate fault
+    before = module["PROGRAMS"]
+    module["PROGRAMS"] = count
+    try:
+        yield
+    finally:
+        module["PROGRAMS"] = before
+
+
+def check(case: Case, emulator, backend: str, seeds=SEEDS):
+    with programs(case.name, 3):
         return check_on_machine(str(case), case.name, *inputs(case), emulator, backend, seeds)
 
 
@@ -105,21 +116,90 @@ def test_more_coordinates_than_programs():
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5 * max(1, b.abs().max().item()), msg=name)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", (MLP, LSTM))
-def test_extreme_gradients(name, dtype):
-    """Values of gradients that are nothing, huge, infinite or no number; and what belongs to the others is as without them."""
-    info = torch.finfo(dtype)
-    extreme = [0.0, -0.0, BORDER, -BORDER, 1e30, -1e30, info.max, -info.max, info.tiny, info.tiny / 8, torch.inf, -torch.inf, torch.nan, 1.0, -1.0]
-    tensors, _ = inputs(Case(name, (16, 5) if name == MLP else (2, 16, 5), str(dtype).removeprefix("torch.")))
+def small(name, dtype, gradients):
+    """A case of width 5 with these gradients, the last ones of a block that is not full; of an LSTM, the first of two steps."""
+    gradients = torch.tensor(gradients, dtype=dtype)
+    tensors, _ = inputs(Case(name, (*([2] if name == LSTM else []), len(gradients) + 3, 5), str(dtype).removeprefix("torch.")))
     with torch.no_grad():
-        tensors["gradients"][..., :15] = torch.tensor(extreme, dtype=dtype)
-    # A weight on the finite ones alone: NaN and infinity are in every sum over coordinates.
-    weight = torch.randn(16, dtype=torch.float64)
-    ours, eager = run(name, tensors, weight), run(name, tensors, weight, reference)
-    rounding = 64 * info.eps
-    torch.testing.assert_close(ours[0], eager[0], rtol=rounding, atol=rounding, equal_nan=True)
-    # On which side of a kink a gradient at BORDER lies is a matter of the last bit.
-    torch.testing.assert_close(ours[1][..., 4:], eager[1][..., 4:], rtol=rounding, atol=rounding * eager[1].nan_to_num().abs().max().item(), equal_nan=True)
-    for a, b in zip(ours[2:], eager[2:], strict=True):
-        torch.testing.assert_close(a.isnan(), b.isnan())
+        (tensors["gradients"][0] if name == LSTM else tensors["gradients"])[:len(gradients)] = gradients
+    return tensors, torch.randn(len(gradients) + 3, dtype=torch.float64)
+
+
+def assert_as_eager(name, ours, eager, dtype):
+    """To a few roundings of the largest finite number of each tensor; infinities and NaN in the same places."""
+    for what, a, b in zip(("result", *NAMES[name]), ours, eager, strict=True):
+        finite = b.nan_to_num(posinf=0, neginf=0).abs().max().item()
+        torch.testing.assert_close(a, b, rtol=0, atol=64 * torch.finfo(dtype).eps * max(finite, 1), equal_nan=True, msg=lambda m: f"{what}: {m}")
+
+
+of_both = pytest.mark.parametrize("name", (MLP, LSTM))
+in_both = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+
+
+@of_both
+@in_both
+def test_extreme_gradients(name, dtype):
+    """Nothing, the smallest and the largest numbers; then infinities and NaN, too."""
+    info = torch.finfo(dtype)
+    finite = [0.0, -0.0, 1e30, -1e30, info.max, -info.max, info.tiny, -info.tiny / 8, 1.0, -1.0, 3 * BORDER, -BORDER / 3]
+    for gradients in (finite, [*finite, torch.inf, -torch.inf, torch.nan]):
+        tensors, weight = small(name, dtype, gradients)
+        assert_as_eager(name, run(name, tensors, weight), run(name, tensors, weight, reference), dtype)
+
+
+@of_both
+@in_both
+def test_extreme_weights(name, dtype):
+    """An infinity or NaN among the weights: nothing of it comes from units or coordinates that are not there, and nothing is lost."""
+    for value in (torch.inf, torch.nan):
+        for changed in NAMES[name][1:]:
+            tensors, weight = small(name, dtype, [3 * BORDER, -BORDER / 3])
+            with torch.no_grad():
+                tensors[changed].view(-1)[-1] = value
+            assert_as_eager(name, run(name, tensors, weight), run(name, tensors, weight, reference), dtype)
+
+
+@in_both
+def test_borders_of_the_channels(dtype):
+    """What lies on the border of a clamp has its derivative, a bit further it has none. By hand: weights that let one channel through as it is."""
+    eps = reference.coordinate_generator.PREPROCESSING_EPS
+    near = torch.tensor(BORDER, dtype=dtype) * (1 + torch.finfo(dtype).eps * torch.arange(-20, 21, dtype=dtype))
+    on, above = near[near * math.exp(7) == 1][0].item(), near[near * math.exp(7) > 1][0].item()
+    # Some neighbours have the same logarithm: of the middle one, that of another library is the same, too.
+    lowest = (near - eps)[((near - eps + eps).log() / 7) == -1]
+    lowest = lowest[len(lowest) // 2].item()
+    one, ten = torch.ones(1, 1, dtype=dtype), torch.full((1,), 10, dtype=dtype)
+    for channel, gradients, expected in ((1, [on, -on, above, -above, 0.0], [math.exp(7), math.exp(7), 0, 0, math.exp(7)]),
+                                         (0, [lowest, -lowest, 0.99 * lowest, -0.99 * lowest, 0.0], [math.exp(7) / 7, -math.exp(7) / 7, 0, 0, 0])):
+        given = torch.tensor(gradients, dtype=dtype, requires_grad=True)
+        weight_1 = torch.eye(2, dtype=dtype)[channel:channel + 1]
+        _, ours = run(MLP, dict(zip(NAMES[MLP], (given, weight_1, ten, one, ten, one, ten))), torch.ones(5))
+        torch.testing.assert_close(ours, torch.tensor(expected, dtype=dtype), rtol=1e-5 if dtype == torch.float32 else 1e-8, atol=0)
+
+
+def test_triton_interpreter():
+    """A second opinion on the kernels: Triton's interpreter, with numpy's tanh, for it has no libdevice."""
+    code = """
+import emulation, math, numpy, test_gpu_coordinate_generator as t
+import fastmeta.triton, triton.language as tl
+from triton.runtime.interpreter import TensorHandle
+module = fastmeta.triton.coordinate_mlp.__globals__
+module["_tanh"] = lambda x: tl.core.tensor(TensorHandle(numpy.tanh(x.handle.data), x.handle.dtype), x.type)
+for case in t.CASES:
+    if case.wanted == "all" and math.prod(case.sizes) < 350:  # it is slow
+        t.check(case, emulation.InterpretedEmulator, "triton", seeds=(0,))
+        print(case, flush=True)
+"""
+    process = spawn_python("-c", code, environment={"TRITON_INTERPRET": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    output = finish(process, 0)
+    assert output.count("\n") >= 10, output
+
+
+@of_both
+def test_compiles_for_other_targets(name):
+    """What the other tests do not compile for: sm_90 and sm_100, and AMD's gfx942."""
+    tensors, options = inputs(Case(name, (17, 20) if name == MLP else (2, 17, 20)))
+    with emulation.emulated("triton", emulation.CompilingEmulator(90, 100, "gfx942")) as run:
+        torch.autograd.grad(getattr(functional, name)(*tensors.values()).sum(), tuple(tensors.values()))
+    binaries = [next(kind for kind in ("cubin", "hsaco") if kind in compiled.asm) for compiled in run.compiled]
+    assert (binaries.count("cubin"), binaries.count("hsaco")) == (6, 3)

@@ -132,7 +132,7 @@ def mlp_forward_kernel(gradients, weight_1, bias_1, weight_2, bias_2, weight_3, 
     program = tl.program_id(0)
     hidden += program.to(tl.int64) * BLOCK * BLOCK_W
     for block in range(program, blocks, programs):
-        m = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        m = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
         size, scaled, _ = _channels(tl.load(gradients + m, mask=m < M, other=0.0))
         _, second = _perceptron(size, scaled, m < M, weight_1, bias_1, weight_2, bias_2, hidden, W, BLOCK, BLOCK_W)
         tl.store(result + m, _output(second, weight_3, bias_3, W, BLOCK_W), mask=m < M)
@@ -148,7 +148,7 @@ def mlp_backward_kernel(of_result, gradients, weight_1, bias_1, weight_2, bias_2
     sums += program.to(tl.int64) * (W + 6) * W
     for block in range(program, blocks, programs):
         begins = block == program
-        m = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        m = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
         real = m < M
         gradient = tl.load(gradients + m, mask=real, other=0.0)
         slope = tl.load(of_result + m, mask=real, other=0.0)
@@ -203,7 +203,7 @@ def lstm_forward_kernel(gradients, weight_ih, weight_hh, bias, output_weight, ou
     program = tl.program_id(0)
     hidden += program.to(tl.int64) * BLOCK * BLOCK_W
     for block in range(program, blocks, programs):
-        m = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        m = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
         real = m < M
         h = tl.zeros([BLOCK, BLOCK_W], gradients.dtype.element_ty)
         c = tl.zeros([BLOCK, BLOCK_W], gradients.dtype.element_ty)
@@ -236,7 +236,7 @@ def lstm_backward_kernel(of_result, gradients, weight_ih, weight_hh, bias, outpu
     flow += program.to(tl.int64) * 4 * TILE
     sums += program.to(tl.int64) * (W + 5) * 4 * W
     for block in range(program, blocks, programs):
-        m = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        m = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
         real = m < M
         h = tl.zeros([BLOCK, BLOCK_W], gradients.dtype.element_ty)
         c = tl.zeros([BLOCK, BLOCK_W], gradients.dtype.element_ty)
