@@ -186,13 +186,13 @@ from triton.runtime.interpreter import TensorHandle
 module = fastmeta.triton.coordinate_mlp.__globals__
 module["_tanh"] = lambda x: tl.core.tensor(TensorHandle(numpy.tanh(x.handle.data), x.handle.dtype), x.type)
 for case in t.CASES:
-    if case.wanted == "all" and math.prod(case.sizes) < 350:  # it is slow
+    if case.wanted == "all" and math.prod(case.sizes) < 200:  # it is slow
         t.check(case, emulation.InterpretedEmulator, "triton", seeds=(0,))
         print(case, flush=True)
 """
     process = spawn_python("-c", code, environment={"TRITON_INTERPRET": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     output = finish(process, 0)
-    assert output.count("\n") >= 10, output
+    assert output.count("\n") >= 8, output
 
 
 @of_both

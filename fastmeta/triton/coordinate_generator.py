@@ -1,20 +1,20 @@
 """coordinate_mlp and coordinate_lstm, forward and backward. The mathematics is in ``reference/coordinate_generator.py``, the contract of the
 operations in ``schemas/coordinate_generator.py``.
 
-A program takes a block of coordinates after the other. What it knows of a layer is a tile ``[coordinates, units]``, in registers: a thread has one unit of
-all coordinates of the block, where Triton's own layout is left alone. A layer is then a sum of outer products, of one unit of the layer below, for
-all coordinates, and that unit's weights, for all units above: float32 to the last bit without tensor cores, no sum across threads, no padding of
-the units below. A tile is written to scratch to be read unit by unit: W numbers for each coordinate of the block, from L1.
+A program takes one block of coordinates after the other. What it has of a layer is a tile ``[coordinates, units]`` in registers, of which a thread has
+one unit of all coordinates: the layout that Triton gives a tile that nothing else asks for. A layer is then a sum of outer products: a unit of the layer
+below, of all coordinates, and that unit's weights, of all units above. It needs no sum across threads, no tensor cores, so no TF32, and no padding of the
+units below. A tile goes through scratch, that of its program, to be read unit by unit.
 
-The backward computes the layers of a block again, an LSTM's with the states before each step on a tape that the next block overwrites. Gradients of the weights
-are sums over coordinates, which a thread has by itself: of each program one for each weight, that all its blocks are added to, in a buffer
-``[programs, rows, units]`` whose size does not grow with M. A second kernel adds the programs up, always in the same order: the same bits on every run.
+The backward computes the layers of a block again, those of an LSTM with h and c before each step on a tape in scratch. The gradient of a weight is a sum over
+coordinates, which are a thread's own. Every program has a sum for each weight, which all its blocks add to, and a second kernel adds those of all programs,
+always in the same order. There are no atomics: the same bits on every run. As programs are not more than ``PROGRAMS``, scratch and sums do not grow with M.
 
-Rows of that buffer are the units below: the two channels of a gradient, 1 for the bias, and the W hidden units; then what belongs to the output, and
-the bias of the perceptron's second layer. The units are W, or the LSTM's 4W gates.
+The sums of a program are rows, one for each unit below: the two channels of a gradient, the bias, the W hidden units; then one for the output's weights, one
+for its bias, and for the perceptron one for the second bias. A row has W numbers, or of an LSTM 4W, its gates.
 
-Widths: what a thread holds is sized for W <= 256 in blocks of 64 bytes of coordinates, then they get shorter; from W = 4096 on, one coordinate of all units is
-more than the registers of a program, and it spills: right, but slow.
+Any W is right. A tile is padded to 32 units or a power of two; a thread has one unit of 64 bytes of coordinates up to W = 256, then more units of fewer
+coordinates, and from W = 8192 on so many that they spill.
 """
 
 import math
@@ -80,10 +80,9 @@ def _of_channels(size, scaled, weight, bias, gate, GATES: tl.constexpr, W, BLOCK
 
 
 @triton.jit
-def _output(tile, weight, bias, W, BLOCK_W: tl.constexpr):
-    """``weight tile + bias``: one number a coordinate. Past the last unit a tile may be NaN."""
-    product = tile * _row(weight, 0, W, BLOCK_W)
-    return tl.sum(tl.where(tl.arange(0, BLOCK_W)[None, :] < W, product, 0.0), 1) + tl.load(bias)
+def _over_units(tile, W, BLOCK_W: tl.constexpr):
+    """The sum over the units of each coordinate. Past the last unit a tile may be NaN."""
+    return tl.sum(tl.where(tl.arange(0, BLOCK_W)[None, :] < W, tile, 0.0), 1)
 
 
 @triton.jit
@@ -135,7 +134,7 @@ def mlp_forward_kernel(gradients, weight_1, bias_1, weight_2, bias_2, weight_3, 
         m = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
         size, scaled, _ = _channels(tl.load(gradients + m, mask=m < M, other=0.0))
         _, second = _perceptron(size, scaled, m < M, weight_1, bias_1, weight_2, bias_2, hidden, W, BLOCK, BLOCK_W)
-        tl.store(result + m, _output(second, weight_3, bias_3, W, BLOCK_W), mask=m < M)
+        tl.store(result + m, _over_units(second * _row(weight_3, 0, W, BLOCK_W), W, BLOCK_W) + tl.load(bias_3), mask=m < M)
 
 
 @_kernel
@@ -171,9 +170,8 @@ def mlp_backward_kernel(of_result, gradients, weight_1, bias_1, weight_2, bias_2
             _add(sums, 4 + W, tl.sum(slope, 0), W, begins, BLOCK_W)
             _add(sums, 5 + W, tl.sum(of_second, 0), W, begins, BLOCK_W)
         if needs & 1:
-            inside = tl.arange(0, BLOCK_W)[None, :] < W
-            of_size = tl.sum(tl.where(inside, of_first * _row(weight_1, 0, W, BLOCK_W), 0.0), 1)
-            of_scaled = tl.sum(tl.where(inside, of_first * _row(weight_1, 1, W, BLOCK_W), 0.0), 1)
+            of_size = _over_units(of_first * _row(weight_1, 0, W, BLOCK_W), W, BLOCK_W)
+            of_scaled = _over_units(of_first * _row(weight_1, 1, W, BLOCK_W), W, BLOCK_W)
             tl.store(to_gradients + m, _channels_backward(gradient, of_size, of_scaled), mask=real)
 
 
@@ -196,6 +194,26 @@ def _gates(size, scaled, hidden, weight_ih, weight_hh, bias, W, BLOCK: tl.conste
     return _sigmoid(i), _sigmoid(f), _tanh(g), _sigmoid(o)
 
 
+@triton.jit
+def _steps(gradients, weight_ih, weight_hh, bias, tape, m, M, T, W, KEEP: tl.constexpr, BLOCK: tl.constexpr, BLOCK_W: tl.constexpr):
+    """h_T; with KEEP, h and c before each step are on the tape afterwards, which otherwise has room for one step."""
+    TILE: tl.constexpr = BLOCK * BLOCK_W
+    h = tl.zeros([BLOCK, BLOCK_W], gradients.dtype.element_ty)
+    c = tl.zeros([BLOCK, BLOCK_W], gradients.dtype.element_ty)
+    for t in range(T):
+        size, scaled, _ = _channels(tl.load(gradients + t * M + m, mask=m < M, other=0.0))
+        before = tape + (t * 2 * TILE if KEEP else 0)
+        tl.debug_barrier()  # others may still read the step, or the block, before
+        _keep(before, h, m < M, BLOCK, BLOCK_W)
+        if KEEP:
+            _keep(before + TILE, c, m < M, BLOCK, BLOCK_W)
+        tl.debug_barrier()
+        i, f, g, o = _gates(size, scaled, before, weight_ih, weight_hh, bias, W, BLOCK, BLOCK_W)
+        c = f * c + i * g
+        h = o * _tanh(c)
+    return h
+
+
 @_kernel
 def lstm_forward_kernel(gradients, weight_ih, weight_hh, bias, output_weight, output_bias, result, hidden, M: tl.int64, T: tl.int32, W: tl.int32,
                         blocks: tl.int32, programs: tl.int32, BLOCK: tl.constexpr, BLOCK_W: tl.constexpr):
@@ -204,18 +222,8 @@ def lstm_forward_kernel(gradients, weight_ih, weight_hh, bias, output_weight, ou
     hidden += program.to(tl.int64) * BLOCK * BLOCK_W
     for block in range(program, blocks, programs):
         m = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        real = m < M
-        h = tl.zeros([BLOCK, BLOCK_W], gradients.dtype.element_ty)
-        c = tl.zeros([BLOCK, BLOCK_W], gradients.dtype.element_ty)
-        for t in range(T):
-            size, scaled, _ = _channels(tl.load(gradients + t * M + m, mask=real, other=0.0))
-            tl.debug_barrier()  # others may still read the step before
-            _keep(hidden, h, real, BLOCK, BLOCK_W)
-            tl.debug_barrier()
-            i, f, g, o = _gates(size, scaled, hidden, weight_ih, weight_hh, bias, W, BLOCK, BLOCK_W)
-            c = f * c + i * g
-            h = o * _tanh(c)
-        tl.store(result + m, _output(h, output_weight, output_bias, W, BLOCK_W), mask=real)
+        h = _steps(gradients, weight_ih, weight_hh, bias, hidden, m, M, T, W, False, BLOCK, BLOCK_W)
+        tl.store(result + m, _over_units(h * _row(output_weight, 0, W, BLOCK_W), W, BLOCK_W) + tl.load(output_bias), mask=m < M)
 
 
 @triton.jit
@@ -226,10 +234,17 @@ def _add_gate(sums, gate, flow, size, scaled, W, begins, BLOCK_W: tl.constexpr):
     _add(sums, 8 + gate, tl.sum(flow, 0), W, begins, BLOCK_W)
 
 
+@triton.jit
+def _over_gates(of_i, of_f, of_g, of_o, weight_ih, channel, W, BLOCK_W: tl.constexpr):
+    """The gradient of a channel of each coordinate."""
+    return _over_units(of_i * _row(weight_ih, 4 * channel, W, BLOCK_W) + of_f * _row(weight_ih, 4 * channel + 1, W, BLOCK_W) +
+                       of_g * _row(weight_ih, 4 * channel + 2, W, BLOCK_W) + of_o * _row(weight_ih, 4 * channel + 3, W, BLOCK_W), W, BLOCK_W)
+
+
 @_kernel
 def lstm_backward_kernel(of_result, gradients, weight_ih, weight_hh, bias, output_weight, by_gate, to_gradients, sums, tape, flow, M: tl.int64,
                          T: tl.int32, W: tl.int32, blocks: tl.int32, programs: tl.int32, needs: tl.int32, BLOCK: tl.constexpr, BLOCK_W: tl.constexpr):
-    """The same backward. ``by_gate [4W, W]``: weight_hh again, a row for each unit above; ``tape``: h and c before each step."""
+    """The same backward. ``by_gate [4W, W]``: weight_hh again, a row for each gate of each unit above; ``needs`` as in :func:`mlp_backward_kernel`."""
     TILE: tl.constexpr = BLOCK * BLOCK_W
     program = tl.program_id(0)
     tape += program.to(tl.int64) * T * 2 * TILE
@@ -238,22 +253,12 @@ def lstm_backward_kernel(of_result, gradients, weight_ih, weight_hh, bias, outpu
     for block in range(program, blocks, programs):
         m = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
         real = m < M
-        h = tl.zeros([BLOCK, BLOCK_W], gradients.dtype.element_ty)
-        c = tl.zeros([BLOCK, BLOCK_W], gradients.dtype.element_ty)
-        for t in range(T):
-            size, scaled, _ = _channels(tl.load(gradients + t * M + m, mask=real, other=0.0))
-            before = tape + t * 2 * TILE
-            _keep(before, h, real, BLOCK, BLOCK_W)
-            _keep(before + TILE, c, real, BLOCK, BLOCK_W)
-            tl.debug_barrier()
-            i, f, g, o = _gates(size, scaled, before, weight_ih, weight_hh, bias, W, BLOCK, BLOCK_W)
-            c = f * c + i * g
-            h = o * _tanh(c)
+        h = _steps(gradients, weight_ih, weight_hh, bias, tape, m, M, T, W, True, BLOCK, BLOCK_W)
         slope = tl.load(of_result + m, mask=real, other=0.0)
         if needs > 1:
             _add(sums, (3 + W) * 4, tl.sum(tl.where(real[:, None], slope[:, None] * h, 0.0), 0), W, block == program, BLOCK_W)
             _add(sums, (4 + W) * 4, tl.sum(slope, 0), W, block == program, BLOCK_W)
-        of_h = tl.where(real[:, None], slope[:, None] * _row(output_weight, 0, W, BLOCK_W), 0.0)
+        of_h = slope[:, None] * _row(output_weight, 0, W, BLOCK_W)
         of_c = tl.zeros([BLOCK, BLOCK_W], gradients.dtype.element_ty)
         for step in range(T):
             t = T - 1 - step
@@ -265,25 +270,22 @@ def lstm_backward_kernel(of_result, gradients, weight_ih, weight_hh, bias, outpu
             c = _load_tile(before + TILE, 0, 0, BLOCK, BLOCK_W, BLOCK, BLOCK_W)
             squashed = _tanh(f * c + i * g)
             of_c += of_h * o * (1 - squashed * squashed)
-            # From here on the gradients of what enters the gates, in the names of these.
-            o = tl.where(real[:, None], of_h * squashed * o * (1 - o), 0.0)
             of_i = tl.where(real[:, None], of_c * g * i * (1 - i), 0.0)
-            g = tl.where(real[:, None], of_c * i * (1 - g * g), 0.0)
-            i = of_i
             of_f = tl.where(real[:, None], of_c * c * f * (1 - f), 0.0)
+            of_g = tl.where(real[:, None], of_c * i * (1 - g * g), 0.0)
+            of_o = tl.where(real[:, None], of_h * squashed * o * (1 - o), 0.0)
             of_c *= f
-            f = of_f
             tl.debug_barrier()  # others may still read the step after
-            _keep(flow, i, real, BLOCK, BLOCK_W)
-            _keep(flow + TILE, f, real, BLOCK, BLOCK_W)
-            _keep(flow + 2 * TILE, g, real, BLOCK, BLOCK_W)
-            _keep(flow + 3 * TILE, o, real, BLOCK, BLOCK_W)
+            _keep(flow, of_i, real, BLOCK, BLOCK_W)
+            _keep(flow + TILE, of_f, real, BLOCK, BLOCK_W)
+            _keep(flow + 2 * TILE, of_g, real, BLOCK, BLOCK_W)
+            _keep(flow + 3 * TILE, of_o, real, BLOCK, BLOCK_W)
             tl.debug_barrier()
             if needs > 1:
-                _add_gate(sums, 0, i, size, scaled, W, begins, BLOCK_W)
-                _add_gate(sums, 1, f, size, scaled, W, begins, BLOCK_W)
-                _add_gate(sums, 2, g, size, scaled, W, begins, BLOCK_W)
-                _add_gate(sums, 3, o, size, scaled, W, begins, BLOCK_W)
+                _add_gate(sums, 0, of_i, size, scaled, W, begins, BLOCK_W)
+                _add_gate(sums, 1, of_f, size, scaled, W, begins, BLOCK_W)
+                _add_gate(sums, 2, of_g, size, scaled, W, begins, BLOCK_W)
+                _add_gate(sums, 3, of_o, size, scaled, W, begins, BLOCK_W)
             of_h = tl.zeros([BLOCK, BLOCK_W], gradient.dtype)
             for j in range(W):
                 of_h += _unit(flow, j, BLOCK, BLOCK_W) * _row(by_gate, j, W, BLOCK_W)
@@ -292,19 +294,14 @@ def lstm_backward_kernel(of_result, gradients, weight_ih, weight_hh, bias, outpu
                 of_h += _unit(flow + 3 * TILE, j, BLOCK, BLOCK_W) * _row(by_gate, 3 * W + j, W, BLOCK_W)
                 if needs > 1:
                     below = _unit(before, j, BLOCK, BLOCK_W)
-                    _add(sums, (3 + j) * 4, tl.sum(below * i, 0), W, begins, BLOCK_W)
-                    _add(sums, (3 + j) * 4 + 1, tl.sum(below * f, 0), W, begins, BLOCK_W)
-                    _add(sums, (3 + j) * 4 + 2, tl.sum(below * g, 0), W, begins, BLOCK_W)
-                    _add(sums, (3 + j) * 4 + 3, tl.sum(below * o, 0), W, begins, BLOCK_W)
+                    _add(sums, (3 + j) * 4, tl.sum(below * of_i, 0), W, begins, BLOCK_W)
+                    _add(sums, (3 + j) * 4 + 1, tl.sum(below * of_f, 0), W, begins, BLOCK_W)
+                    _add(sums, (3 + j) * 4 + 2, tl.sum(below * of_g, 0), W, begins, BLOCK_W)
+                    _add(sums, (3 + j) * 4 + 3, tl.sum(below * of_o, 0), W, begins, BLOCK_W)
             if needs & 1:
-                inside = tl.arange(0, BLOCK_W)[None, :] < W
-                of_size = i * _row(weight_ih, 0, W, BLOCK_W) + f * _row(weight_ih, 1, W, BLOCK_W)
-                of_size += g * _row(weight_ih, 2, W, BLOCK_W) + o * _row(weight_ih, 3, W, BLOCK_W)
-                of_scaled = i * _row(weight_ih, 4, W, BLOCK_W) + f * _row(weight_ih, 5, W, BLOCK_W)
-                of_scaled += g * _row(weight_ih, 6, W, BLOCK_W) + o * _row(weight_ih, 7, W, BLOCK_W)
-                of_size, of_scaled = tl.sum(tl.where(inside, of_size, 0.0), 1), tl.sum(tl.where(inside, of_scaled, 0.0), 1)
+                of_size = _over_gates(of_i, of_f, of_g, of_o, weight_ih, 0, W, BLOCK_W)
+                of_scaled = _over_gates(of_i, of_f, of_g, of_o, weight_ih, 1, W, BLOCK_W)
                 tl.store(to_gradients + t * M + m, _channels_backward(gradient, of_size, of_scaled), mask=real)
-        tl.debug_barrier()  # others may still read the tape
 
 
 # ---- sums ------------------------------------------------------------------------------------------------------------------------------
