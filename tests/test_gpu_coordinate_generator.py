@@ -42,8 +42,8 @@ CASES = [
     Case(LSTM, (2, 37, 1)), Case(MLP, (37, 1)), Case(MLP, (19, 32)), Case(MLP, (19, 33)),
     # no coordinates
     Case(MLP, (0, 20)), Case(LSTM, (2, 0, 5)),
-    # several warps, which have units of their own
-    Case(MLP, (77, 70)), Case(LSTM, (2, 65, 70)),
+    # several warps, which have units of their own; without the gradient of the gradients, where they also meet in sums
+    Case(MLP, (77, 70)), Case(LSTM, (2, 65, 33)), Case(MLP, (77, 33), wanted="weight_1"), Case(LSTM, (2, 17, 33), wanted="bias"),
     Case(MLP, (37, 5), strided=True), Case(LSTM, (2, 37, 5), strided=True),
     # one gradient alone
     *(Case(MLP, (19, 5), wanted=name) for name in NAMES[MLP]), *(Case(LSTM, (2, 19, 5), wanted=name) for name in NAMES[LSTM]),

@@ -263,8 +263,7 @@ def lstm_backward_kernel(of_result, gradients, weight_ih, weight_hh, bias, outpu
         for step in range(T):
             t = T - 1 - step
             begins = (block == program) & (step == 0)
-            gradient = tl.load(gradients + t * M + m, mask=real, other=0.0)
-            size, scaled, _ = _channels(gradient)
+            size, scaled, _ = _channels(tl.load(gradients + t * M + m, mask=real, other=0.0))
             before = tape + t * 2 * TILE
             i, f, g, o = _gates(size, scaled, before, weight_ih, weight_hh, bias, W, BLOCK, BLOCK_W)
             c = _load_tile(before + TILE, 0, 0, BLOCK, BLOCK_W, BLOCK, BLOCK_W)
@@ -286,7 +285,7 @@ def lstm_backward_kernel(of_result, gradients, weight_ih, weight_hh, bias, outpu
                 _add_gate(sums, 1, of_f, size, scaled, W, begins, BLOCK_W)
                 _add_gate(sums, 2, of_g, size, scaled, W, begins, BLOCK_W)
                 _add_gate(sums, 3, of_o, size, scaled, W, begins, BLOCK_W)
-            of_h = tl.zeros([BLOCK, BLOCK_W], gradient.dtype)
+            of_h = tl.zeros([BLOCK, BLOCK_W], of_c.dtype)
             for j in range(W):
                 of_h += _unit(flow, j, BLOCK, BLOCK_W) * _row(by_gate, j, W, BLOCK_W)
                 of_h += _unit(flow + TILE, j, BLOCK, BLOCK_W) * _row(by_gate, W + j, W, BLOCK_W)
@@ -301,6 +300,7 @@ def lstm_backward_kernel(of_result, gradients, weight_ih, weight_hh, bias, outpu
             if needs & 1:
                 of_size = _over_gates(of_i, of_f, of_g, of_o, weight_ih, 0, W, BLOCK_W)
                 of_scaled = _over_gates(of_i, of_f, of_g, of_o, weight_ih, 1, W, BLOCK_W)
+                gradient = tl.load(gradients + t * M + m, mask=real, other=0.0)  # again, or it would take registers all the time
                 tl.store(to_gradients + t * M + m, _channels_backward(gradient, of_size, of_scaled), mask=real)
 
 
