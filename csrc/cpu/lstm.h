@@ -14,8 +14,10 @@ template <typename T> FASTMETA_INLINE void activate_gates(int64_t count, T* gate
   for (int64_t h = 0; h < count; ++h) {
     i[h] = sigmoid_of(i[h]), f[h] = sigmoid_of(f[h]), g[h] = tanh_of(g[h]), o[h] = sigmoid_of(o[h]);
     cell[h] = f[h] * before[h] + i[h] * g[h];
-    output[h] = o[h] * tanh_of(cell[h]);
   }
+  // In a loop of its own, the chain from a gate to the output is half as long: the processor works on more of them at a time.
+#pragma omp simd
+  for (int64_t h = 0; h < count; ++h) output[h] = o[h] * tanh_of(cell[h]);
 }
 
 // The gradients of the sums of the gates (set), and of the cell before the step (in place of that after it).

@@ -162,11 +162,14 @@ inline constexpr int kTileRows = 6;  // 6 x 64 bytes of sums fill 12 of the 16 r
 template <typename T, Left kLeft, int kRows>
 FASTMETA_INLINE void product_tile(int64_t depth, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc, bool add) {
   Vector<T> sums[kRows];
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) sums[r] = add ? load(c + r * ldc) : Vector<T>{};
   for (int64_t k = 0; k < depth; ++k) {
     const Vector<T> right = load(b + k * ldb);
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) sums[r] += (kLeft == Left::kRows ? a[r * lda + k] : a[k * lda + r]) * right;
   }
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) store(c + r * ldc, sums[r]);
 }
 
