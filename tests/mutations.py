@@ -286,7 +286,7 @@ COORDINATE_TRITON = [
           "_keep(flow + 3 * TILE, of_o, real, BLOCK, BLOCK_W)\n            tl.debug_barrier()", "_keep(flow + 3 * TILE, of_o, real, BLOCK, BLOCK_W)"),
     # what is there, and what is not
     Fault("one-coordinate-more", "a block has one coordinate more than there is",
-          "_channels(tl.load(gradients + m, mask=m < M, other=0.0))", "_channels(tl.load(gradients + m, mask=m <= M, other=0.0))"),
+          "mask=m < M - start, other=0.0)", "mask=m <= M - start, other=0.0)"),
     Fault("one-unit-more", "sums have one unit more than there is", "tl.store(at, tl.load(at, mask=(unit < W) & ~begins", "tl.store(at, tl.load(at, mask=(unit <= W) & ~begins"),
     Fault("gradients-not-wanted", "the gradient of the gradients is written where none is wanted",
           "if needs & 1:\n            of_size", "if needs >= 0:\n            of_size"),

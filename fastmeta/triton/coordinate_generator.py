@@ -56,6 +56,19 @@ def _channels_backward(gradient, of_size, of_scaled):
 
 
 @triton.jit
+def _load_block(base, start, M, BLOCK: tl.constexpr):
+    """``BLOCK`` of M coordinates from ``start`` on, zeros past the end."""
+    m = tl.arange(0, BLOCK)
+    return tl.load(base + start + m, mask=m < M - start, other=0.0)
+
+
+@triton.jit
+def _store_block(base, start, M, values, BLOCK: tl.constexpr):
+    m = tl.arange(0, BLOCK)
+    tl.store(base + start + m, values, mask=m < M - start)
+
+
+@triton.jit
 def _row(base, j, W, BLOCK_W: tl.constexpr):
     """Row j of rows of W numbers, across a tile."""
     return _load(base, j, 0, W, BLOCK_W)[None, :]
@@ -131,10 +144,10 @@ def mlp_forward_kernel(gradients, weight_1, bias_1, weight_2, bias_2, weight_3, 
     program = tl.program_id(0)
     hidden += program.to(tl.int64) * BLOCK * BLOCK_W
     for block in range(program, blocks, programs):
-        m = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        size, scaled, _ = _channels(tl.load(gradients + m, mask=m < M, other=0.0))
-        _, second = _perceptron(size, scaled, m < M, weight_1, bias_1, weight_2, bias_2, hidden, W, BLOCK, BLOCK_W)
-        tl.store(result + m, _over_units(second * _row(weight_3, 0, W, BLOCK_W), W, BLOCK_W) + tl.load(bias_3), mask=m < M)
+        start = tl.cast(block, tl.int64) * BLOCK
+        size, scaled, _ = _channels(_load_block(gradients, start, M, BLOCK))
+        _, second = _perceptron(size, scaled, tl.arange(0, BLOCK) < M - start, weight_1, bias_1, weight_2, bias_2, hidden, W, BLOCK, BLOCK_W)
+        _store_block(result, start, M, _over_units(second * _row(weight_3, 0, W, BLOCK_W), W, BLOCK_W) + tl.load(bias_3), BLOCK)
 
 
 @_kernel
@@ -147,10 +160,10 @@ def mlp_backward_kernel(of_result, gradients, weight_1, bias_1, weight_2, bias_2
     sums += program.to(tl.int64) * (W + 6) * W
     for block in range(program, blocks, programs):
         begins = block == program
-        m = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        real = m < M
-        gradient = tl.load(gradients + m, mask=real, other=0.0)
-        slope = tl.load(of_result + m, mask=real, other=0.0)
+        start = tl.cast(block, tl.int64) * BLOCK
+        real = tl.arange(0, BLOCK) < M - start
+        gradient = _load_block(gradients, start, M, BLOCK)
+        slope = _load_block(of_result, start, M, BLOCK)
         size, scaled, _ = _channels(gradient)
         first, second = _perceptron(size, scaled, real, weight_1, bias_1, weight_2, bias_2, hidden, W, BLOCK, BLOCK_W)
         of_second = tl.where(real[:, None] & ~(second <= 0), slope[:, None] * _row(weight_3, 0, W, BLOCK_W), 0.0)
@@ -172,7 +185,7 @@ def mlp_backward_kernel(of_result, gradients, weight_1, bias_1, weight_2, bias_2
         if needs & 1:
             of_size = _over_units(of_first * _row(weight_1, 0, W, BLOCK_W), W, BLOCK_W)
             of_scaled = _over_units(of_first * _row(weight_1, 1, W, BLOCK_W), W, BLOCK_W)
-            tl.store(to_gradients + m, _channels_backward(gradient, of_size, of_scaled), mask=real)
+            _store_block(to_gradients, start, M, _channels_backward(gradient, of_size, of_scaled), BLOCK)
 
 
 # ---- the LSTM ------------------------------------------------------------------------------------------------------------------------
@@ -195,18 +208,19 @@ def _gates(size, scaled, hidden, weight_ih, weight_hh, bias, W, BLOCK: tl.conste
 
 
 @triton.jit
-def _steps(gradients, weight_ih, weight_hh, bias, tape, m, M, T, W, KEEP: tl.constexpr, BLOCK: tl.constexpr, BLOCK_W: tl.constexpr):
+def _steps(gradients, weight_ih, weight_hh, bias, tape, start, M, T, W, KEEP: tl.constexpr, BLOCK: tl.constexpr, BLOCK_W: tl.constexpr):
     """h_T; with KEEP, h and c before each step are on the tape afterwards, which otherwise has room for one step."""
     TILE: tl.constexpr = BLOCK * BLOCK_W
+    real = tl.arange(0, BLOCK) < M - start
     h = tl.zeros([BLOCK, BLOCK_W], gradients.dtype.element_ty)
     c = tl.zeros([BLOCK, BLOCK_W], gradients.dtype.element_ty)
     for t in range(T):
-        size, scaled, _ = _channels(tl.load(gradients + t * M + m, mask=m < M, other=0.0))
+        size, scaled, _ = _channels(_load_block(gradients + t * M, start, M, BLOCK))
         before = tape + (t * 2 * TILE if KEEP else 0)
         tl.debug_barrier()  # others may still read the step, or the block, before
-        _keep(before, h, m < M, BLOCK, BLOCK_W)
+        _keep(before, h, real, BLOCK, BLOCK_W)
         if KEEP:
-            _keep(before + TILE, c, m < M, BLOCK, BLOCK_W)
+            _keep(before + TILE, c, real, BLOCK, BLOCK_W)
         tl.debug_barrier()
         i, f, g, o = _gates(size, scaled, before, weight_ih, weight_hh, bias, W, BLOCK, BLOCK_W)
         c = f * c + i * g
@@ -221,9 +235,9 @@ def lstm_forward_kernel(gradients, weight_ih, weight_hh, bias, output_weight, ou
     program = tl.program_id(0)
     hidden += program.to(tl.int64) * BLOCK * BLOCK_W
     for block in range(program, blocks, programs):
-        m = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        h = _steps(gradients, weight_ih, weight_hh, bias, hidden, m, M, T, W, False, BLOCK, BLOCK_W)
-        tl.store(result + m, _over_units(h * _row(output_weight, 0, W, BLOCK_W), W, BLOCK_W) + tl.load(output_bias), mask=m < M)
+        start = tl.cast(block, tl.int64) * BLOCK
+        h = _steps(gradients, weight_ih, weight_hh, bias, hidden, start, M, T, W, False, BLOCK, BLOCK_W)
+        _store_block(result, start, M, _over_units(h * _row(output_weight, 0, W, BLOCK_W), W, BLOCK_W) + tl.load(output_bias), BLOCK)
 
 
 @triton.jit
@@ -251,10 +265,10 @@ def lstm_backward_kernel(of_result, gradients, weight_ih, weight_hh, bias, outpu
     flow += program.to(tl.int64) * 4 * TILE
     sums += program.to(tl.int64) * (W + 5) * 4 * W
     for block in range(program, blocks, programs):
-        m = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        real = m < M
-        h = _steps(gradients, weight_ih, weight_hh, bias, tape, m, M, T, W, True, BLOCK, BLOCK_W)
-        slope = tl.load(of_result + m, mask=real, other=0.0)
+        start = tl.cast(block, tl.int64) * BLOCK
+        real = tl.arange(0, BLOCK) < M - start
+        h = _steps(gradients, weight_ih, weight_hh, bias, tape, start, M, T, W, True, BLOCK, BLOCK_W)
+        slope = _load_block(of_result, start, M, BLOCK)
         if needs > 1:
             _add(sums, (3 + W) * 4, tl.sum(tl.where(real[:, None], slope[:, None] * h, 0.0), 0), W, block == program, BLOCK_W)
             _add(sums, (4 + W) * 4, tl.sum(slope, 0), W, block == program, BLOCK_W)
@@ -263,7 +277,7 @@ def lstm_backward_kernel(of_result, gradients, weight_ih, weight_hh, bias, outpu
         for step in range(T):
             t = T - 1 - step
             begins = (block == program) & (step == 0)
-            size, scaled, _ = _channels(tl.load(gradients + t * M + m, mask=real, other=0.0))
+            size, scaled, _ = _channels(_load_block(gradients + t * M, start, M, BLOCK))
             before = tape + t * 2 * TILE
             i, f, g, o = _gates(size, scaled, before, weight_ih, weight_hh, bias, W, BLOCK, BLOCK_W)
             c = _load_tile(before + TILE, 0, 0, BLOCK, BLOCK_W, BLOCK, BLOCK_W)
@@ -300,8 +314,8 @@ def lstm_backward_kernel(of_result, gradients, weight_ih, weight_hh, bias, outpu
             if needs & 1:
                 of_size = _over_gates(of_i, of_f, of_g, of_o, weight_ih, 0, W, BLOCK_W)
                 of_scaled = _over_gates(of_i, of_f, of_g, of_o, weight_ih, 1, W, BLOCK_W)
-                gradient = tl.load(gradients + t * M + m, mask=real, other=0.0)  # again, or it would take registers all the time
-                tl.store(to_gradients + t * M + m, _channels_backward(gradient, of_size, of_scaled), mask=real)
+                gradient = _load_block(gradients + t * M, start, M, BLOCK)  # again, or it would take registers all the time
+                _store_block(to_gradients + t * M, start, M, _channels_backward(gradient, of_size, of_scaled), BLOCK)
 
 
 # ---- sums ------------------------------------------------------------------------------------------------------------------------------
