@@ -85,12 +85,19 @@ template <typename T> struct Layer {
     for (int64_t l = 0; l < kTile<T>; l += kLanes<T>)
       product<T, Left::kColumns>(count, outputs, weight.get() + first, inputs, grad_y + l, kTile<T>, grad_x + l, kTile<T>, false);
   }
-  // grad [outputs][padded] += grad_y x^T, of the first `used` inputs; `scratch` has room for a tile of inputs.
+  // grad [outputs][padded] += grad_y x^T, of the first `used` inputs; `scratch` has room for a tile of inputs and a gradient. A tile is summed up
+  // by itself first: numbers of one size are added.
   FASTMETA_INLINE void accumulate(int64_t used, const T* grad_y, const T* x, T* scratch, T* grad) const {
+    T* sums = scratch + tile();
     transpose(padded, kTile<T>, x, kTile<T>, scratch, padded);
     for (int64_t i = 0; i < used; i += kLanes<T>)
-      product<T, Left::kRows>(outputs, kTile<T>, grad_y, kTile<T>, scratch + i, padded, grad + i, padded, true);
+      product<T, Left::kRows>(outputs, kTile<T>, grad_y, kTile<T>, scratch + i, padded, sums + i, padded, false);
+    const int64_t columns = ceil_divide(used, kLanes<T>) * kLanes<T>;
+    for (int64_t m = 0; m < outputs * padded; m += padded)
+#pragma omp simd
+      for (int64_t i = 0; i < columns; ++i) grad[m + i] += sums[m + i];
   }
+  int64_t scratch() const { return tile() + grad_size(); }
 };
 
 struct Part {  // of the weights of a layer: one tensor [outputs, columns], or a bias
@@ -168,7 +175,7 @@ template <typename T>
 FASTMETA_INLINE void backward_block(const Mlp<T>& p, int64_t begin, int64_t end, const T* grad, T* of_gradients, T* of_weights) {
   const MlpTape<T> tape(p);
   const int64_t widest = std::max(p.width, kChannels) * kTile<T>;
-  const Buffer<T> grad_x(widest), scratch(p.layers[1].tile() + p.layers[0].tile()), grad_y(widest);
+  const Buffer<T> grad_x(widest), scratch(std::max(p.layers[0].scratch(), p.layers[1].scratch())), grad_y(widest);
   for (int64_t at = begin; at < end; at += kTile<T>) {
     const int64_t count = std::min(kTile<T>, end - at);
     forward_tile(p, at, count, tape);
@@ -245,7 +252,7 @@ template <typename T>
 FASTMETA_INLINE void backward_block(const Lstm<T>& p, int64_t begin, int64_t end, const T* grad, T* of_gradients, T* of_weights) {
   const LstmTape<T> tape(p, true);
   const Buffer<T> grad_y(kTile<T>), grad_h(p.state()), grad_cell(p.state()), grad_gates(4 * p.state()), grad_channels(kChannels * kTile<T>),
-      scratch(std::max(p.gates.tile(), p.output.tile()));
+      scratch(std::max(p.gates.scratch(), p.output.scratch()));
   for (int64_t at = begin; at < end; at += kTile<T>) {
     const int64_t count = std::min(kTile<T>, end - at);
     forward_tile(p, at, count, tape);

@@ -1,5 +1,6 @@
 """The generators of Meta Networks (Munkhdalai & Yu, 2017, section 3.1): from gradients to fast weights, coordinate by coordinate."""
 
+import torch
 from torch import Tensor
 
 from .. import _backend, reference, schemas
@@ -69,7 +70,7 @@ def coordinate_lstm(gradients: Tensor, weight_ih: Tensor, weight_hh: Tensor, bia
 def _generate(name: str, gradients, coordinates, weights: dict, backend, sizes: dict | None = None) -> Tensor:
     """``coordinates``: one gradient, in whose shape the result is."""
     flat = gradients
-    if isinstance(gradients, Tensor):
+    if isinstance(gradients, Tensor) and gradients.layout is torch.strided:
         flat = gradients.reshape(-1) if gradients is coordinates else gradients.flatten(1) if gradients.dim() > 1 else gradients.unsqueeze(1)
     letters = "M" if gradients is coordinates else "T M"
     given = prepare(name, {"gradients": (flat, letters), **weights}, sizes)

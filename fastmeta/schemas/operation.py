@@ -150,9 +150,13 @@ def _fold(op):
                 return x
             x = x.unsqueeze(0).expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
             return x.flatten(0, 1)
+        def unfold(x):
+            # A gradient that was not needed has no elements and one dimension.
+            return x.unflatten(0, (info.batch_size, x.shape[0] // info.batch_size))
         results = op(*(fold(x, dim) for x, dim in zip(arguments, in_dims)))
-        # A gradient that was not needed has no elements and one dimension.
-        return tuple(r.unflatten(0, (info.batch_size, r.shape[0] // info.batch_size)) for r in results), (0,) * len(results)
+        if isinstance(results, Tensor):
+            return unfold(results), 0
+        return tuple(map(unfold, results)), (0,) * len(results)
     return rule
 
 
