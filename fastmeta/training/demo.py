@@ -25,7 +25,7 @@ CONFIG = MatchingConfig(way=20, shot=1, queries=4, steps=500, channels=32, valid
 TESTS = ((5, 1000), (20, 400))  # way, episodes
 MANN_CONFIG = MANNConfig(steps=4000, strength="learned", rotations=True)
 MANN_EPISODES = 400
-METANET_CONFIG = MetaNetConfig(steps=900, lr=2e-3, channels=16, validation_classes=100, eval_every=150)
+METANET_CONFIG = MetaNetConfig(steps=900, lr=2e-3, channels=16, validation_classes=100, eval_every=225)
 METANET_TESTS = ((5, 400),)
 SEED = 1  # of the test episodes and of the pictured one: the first that it gives, not the best
 
@@ -55,8 +55,9 @@ def _announce_race(text: str) -> None:
         print(f"(the compiled kernels are missing, so fast is the reference too: {_backend.missing})")
 
 
-def _demo_few_shot(config, title: str, tests: tuple[tuple[int, int], ...], race: Callable[[data.Split], None], shot: int, picture: Path) -> int:
-    """``tests``: way, episodes; ``race`` prints its lines; the pictured episode has 5 classes, ``shot`` examples of each."""
+def _demo_few_shot(config, title: str, tests: tuple[tuple[int, int], ...], race: Callable[[data.Split], None],
+                   pictured: dict[str, int], picture: Path) -> int:
+    """``tests``: way, episodes; ``race`` prints its lines; ``pictured``: way and shot of the episode in the picture."""
     split = _load(config.validation_classes, f"{config.way}-way {config.shot}-shot episodes")
     with tempfile.TemporaryDirectory() as folder:
         stopped = train(config, split, Path(folder))
@@ -72,16 +73,17 @@ def _demo_few_shot(config, title: str, tests: tuple[tuple[int, int], ...], race:
             print(f"{way:>2}-way 1-shot                      {str(ours):<34}{pixels}", flush=True)
             results.append(f"test, {way}-way: {100 * ours.mean:.1f} ± {100 * ours.interval:.1f}%, pixels {100 * pixels.mean:.1f}%")
         race(split)
-        draw_few_shot(picture, Path(folder), split.test, results, way=5, shot=shot, seed=SEED)
+        draw_few_shot(picture, Path(folder), split.test, results, **pictured, seed=SEED)
     return 0
 
 
 def _demo_matching(picture: Path) -> int:
-    return _demo_few_shot(CONFIG, "matching network", TESTS, _race_heads, 2, picture)
+    return _demo_few_shot(CONFIG, "matching network", TESTS, _race_heads, dict(way=5, shot=2), picture)
 
 
 def _demo_metanet(picture: Path) -> int:
-    return _demo_few_shot(METANET_CONFIG, "meta network", METANET_TESTS, _race_updates, METANET_CONFIG.shot, picture)
+    pictured = dict(way=METANET_CONFIG.way, shot=METANET_CONFIG.shot)
+    return _demo_few_shot(METANET_CONFIG, "meta network", METANET_TESTS, _race_updates, pictured, picture)
 
 
 def _demo_mann(picture: Path) -> int:
