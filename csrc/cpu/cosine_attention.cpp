@@ -456,7 +456,7 @@ FASTMETA_INLINE void finish_panel(const Problem<T>& p, int64_t b, Range queries,
     FASTMETA_EACH_LANE inverse[l] = state.sum[l] == T(0) ? T(0) : T(1) / state.sum[l];  // no support: 0
     for (int64_t c = 0; c < p.columns; ++c)
       FASTMETA_EACH_LANE values[c * L + l] *= inverse[l];
-    FASTMETA_EACH_LANE peak[l] += log_of_sum(state.sum[l]);
+    FASTMETA_EACH_LANE peak[l] += log_of(state.sum[l]);
     std::copy_n(peak, queries.size(), log_sums + b * p.queries + queries.begin);
   } else {
     T top[L], total[L];
@@ -465,12 +465,12 @@ FASTMETA_INLINE void finish_panel(const Problem<T>& p, int64_t b, Range queries,
       FASTMETA_EACH_LANE top[l] = peak[c * L + l] > top[l] ? peak[c * L + l] : top[l];
     for (int64_t c = 0; c < p.columns; ++c)
       FASTMETA_EACH_LANE total[l] += state.sum[c * L + l] * shrink(peak[c * L + l], top[l]);
-    FASTMETA_EACH_LANE total[l] = log_of_sum(total[l]);
+    FASTMETA_EACH_LANE total[l] = log_of(total[l]);
     values = state.sum;
     for (int64_t c = 0; c < p.columns; ++c)
       FASTMETA_EACH_LANE {
         // Relative to the largest score, so that large scores do not round the small differences away.
-        const T log_sum = log_of_sum(state.sum[c * L + l]);
+        const T log_sum = log_of(state.sum[c * L + l]);
         const bool absent = log_sum == -std::numeric_limits<T>::infinity();
         values[c * L + l] = absent ? log_sum : (peak[c * L + l] - top[l]) + (log_sum - total[l]);
         peak[c * L + l] += log_sum;
@@ -581,7 +581,7 @@ FASTMETA_INLINE void load_incoming(const Problem<T>& p, int64_t b, Range queries
       in.total[l] += absent ? T(0) : in.grad[c * L + l];
       log_sum = absent ? kInfinity : log_sum;
     }
-  FASTMETA_EACH_LANE in.log_total[l] = sum[l] == T(0) ? kInfinity : peak[l] + log_of_sum(sum[l]);
+  FASTMETA_EACH_LANE in.log_total[l] = sum[l] == T(0) ? kInfinity : peak[l] + log_of(sum[l]);
 }
 
 // The tiles of one (block, panel) in the backward, [block][kLanes] each.

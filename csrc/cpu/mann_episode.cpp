@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "cpu/lrua_memory.h"
+#include "cpu/lstm.h"
 
 namespace fastmeta {
 namespace {
@@ -142,16 +143,6 @@ template <typename T> FASTMETA_INLINE void activate_heads(const Episode<T>& e, T
     for (int64_t i = e.strength_at(); i < e.heads; ++i) heads[i] = 1 + std::max(heads[i], T(0)) + std::log1p(std::exp(-std::abs(heads[i])));
 }
 
-template <typename T> FASTMETA_INLINE void activate_gates(int64_t hidden, T* gates, T* cell, T* output) {
-  T *i = gates, *f = gates + hidden, *g = gates + 2 * hidden, *o = gates + 3 * hidden;
-#pragma omp simd
-  for (int64_t h = 0; h < hidden; ++h) {
-    i[h] = sigmoid_of(i[h]), f[h] = sigmoid_of(f[h]), g[h] = tanh_of(g[h]), o[h] = sigmoid_of(o[h]);
-    cell[h] = f[h] * cell[h] + i[h] * g[h];
-    output[h] = o[h] * tanh_of(cell[h]);
-  }
-}
-
 template <typename T> FASTMETA_INLINE void forward_group(const Forward<T>& f, int64_t begin, int64_t end) {
   const Episode<T>& e = f.e;
   const Lrua<T>& p = e.lrua;
@@ -192,7 +183,7 @@ template <typename T> FASTMETA_INLINE void forward_group(const Forward<T>& f, in
         std::copy_n(f.inputs + (t * e.batch + b) * e.inputs, e.inputs, line.entering);
         std::copy_n(row, carried, line.entering + e.inputs);
       }
-      activate_gates(e.hidden, row_gates, row_cell, row + reads);
+      activate_gates(e.hidden, row_gates, row_cell, row_cell, row + reads);
       if (f.tape.lines) {
         const Line<T> line(e, f.tape.lines, t, b);
         std::copy_n(row_gates, 4 * e.hidden, line.gates);
@@ -252,23 +243,6 @@ template <typename T> struct Backward {
   Tape<T> tape;
   T *grad_gates, *grad_heads;      // [T][B][4H], [T][B][P]: of the sums, before any nonlinearity
 };
-
-// The gradients of the sums of the gates (set), and of the cell before the step (in place of that after it).
-template <typename T>
-FASTMETA_INLINE void gates_backward(int64_t hidden, const T* gates, const T* cell, const T* before, const T* grad_hidden, T* grad_cell, T* grad_gates) {
-  const T *i = gates, *f = gates + hidden, *g = gates + 2 * hidden, *o = gates + 3 * hidden;
-  T *di = grad_gates, *df = grad_gates + hidden, *dg = grad_gates + 2 * hidden, *d_o = grad_gates + 3 * hidden;
-#pragma omp simd
-  for (int64_t h = 0; h < hidden; ++h) {
-    const T squashed = tanh_of(cell[h]);
-    const T grad = grad_cell[h] + grad_hidden[h] * o[h] * (1 - squashed * squashed);
-    d_o[h] = grad_hidden[h] * squashed * o[h] * (1 - o[h]);
-    di[h] = grad * g[h] * i[h] * (1 - i[h]);
-    df[h] = grad * before[h] * f[h] * (1 - f[h]);
-    dg[h] = grad * i[h] * (1 - g[h] * g[h]);
-    grad_cell[h] = grad * f[h];
-  }
-}
 
 template <typename T> FASTMETA_INLINE void backward_group(const Backward<T>& g, int64_t begin, int64_t end) {
   const Episode<T>& e = g.e;

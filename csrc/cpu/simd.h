@@ -91,8 +91,8 @@ template <typename T> FASTMETA_INLINE T sigmoid_of(T x) {
   return (x < 0 ? e : T(1)) / (T(1) + e);
 }
 
-// log(x) for x >= 1, as sums of exponentials about their largest are: 2 atanh((m - 1) / (m + 1)) + e ln 2 with x = 2^e m. 0 gives -inf, NaN NaN.
-template <typename T> FASTMETA_INLINE T log_of_sum(T x) {
+// log(x) for x that is not negative nor subnormal: 2 atanh((m - 1) / (m + 1)) + e ln 2 with x = 2^e m. 0 gives -inf, infinity and NaN themselves.
+template <typename T> FASTMETA_INLINE T log_of(T x) {
   using Format = FloatFormat<T>;
   using Integer = typename Format::Integer;
   constexpr T kRootHalf = T(0.70710678118654752440);
@@ -108,7 +108,8 @@ template <typename T> FASTMETA_INLINE T log_of_sum(T x) {
 #pragma GCC unroll 16
   for (int i = Format::kLogTerms - 2; i > 0; i -= 2) p = p * square + T(2) / T(i);
   const T result = T(e) * Format::kLn2High + (p * s + T(e) * Format::kLn2Low);
-  return x > 0 ? result : x == 0 ? -std::numeric_limits<T>::infinity() : x;
+  constexpr T kInfinity = std::numeric_limits<T>::infinity();
+  return x == 0 ? -kInfinity : x < kInfinity ? result : x;
 }
 
 // kLanes numbers as generic vectors of GCC and clang, of the widest registers that every target of interest has: GCC keeps a vector wider
@@ -161,11 +162,14 @@ inline constexpr int kTileRows = 6;  // 6 x 64 bytes of sums fill 12 of the 16 r
 template <typename T, Left kLeft, int kRows>
 FASTMETA_INLINE void product_tile(int64_t depth, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc, bool add) {
   Vector<T> sums[kRows];
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) sums[r] = add ? load(c + r * ldc) : Vector<T>{};
   for (int64_t k = 0; k < depth; ++k) {
     const Vector<T> right = load(b + k * ldb);
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) sums[r] += (kLeft == Left::kRows ? a[r * lda + k] : a[k * lda + r]) * right;
   }
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) store(c + r * ldc, sums[r]);
 }
 

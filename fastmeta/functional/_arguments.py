@@ -24,7 +24,7 @@ class Prepared(NamedTuple):
 def prepare(function: str, arguments: dict[str, tuple[Tensor | None, str]], sizes: dict[str, int] | None = None) -> Prepared:
     """Check floating tensors against their shapes, written in letters: ``{"memory": (memory, "B N M"), ...}``; one may be None after "?".
 
-    The first tensor gives dtype and device. A letter has the size of its first appearance, or the one in ``sizes``.
+    The first tensor gives dtype and device. A letter has the size of its first appearance, or the one in ``sizes``; a digit is itself.
     float16 and bfloat16 are computed in float32; inside autocast everything is float32.
     Raises ``TypeError`` for what is no dense tensor or has the wrong dtype, ``ValueError`` for shapes and devices.
     """
@@ -54,8 +54,9 @@ def prepare(function: str, arguments: dict[str, tuple[Tensor | None, str]], size
             raise ValueError(f"{function}: {name} must be on the device of {names[0]}, {lead.device}, got {t.device}")
         expected = letters.lstrip("? ").split()
         shape = t.shape
-        if len(shape) != len(expected) or any(sizes.setdefault(letter, size) != size for letter, size in zip(expected, shape)):
-            known = [f"{letter} = {sizes[letter]}" for letter in expected if letter in sizes] if len(shape) == len(expected) else []
+        if len(shape) != len(expected) or any(size != (int(letter) if letter.isdigit() else sizes.setdefault(letter, size))
+                                              for letter, size in zip(expected, shape)):
+            known = [f"{letter} = {sizes[letter]}" for letter in dict.fromkeys(expected) if letter in sizes] if len(shape) == len(expected) else []
             raise ValueError(f"{function}: {name} must be [{', '.join(expected)}]{' with ' if known else ''}{', '.join(known)}, "
                              f"got shape {list(shape)}")
         tensors.append(t if t.dtype == compute else t.to(compute))

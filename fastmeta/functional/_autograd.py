@@ -32,6 +32,8 @@ def differentiable(operation: Operation, backend: str = "cpp"):
     forward_op, backward_op = getattr(operations, name).default, getattr(operations, name + "_backward").default
     if operation.calls_torch:
         forward_op, backward_op = _without_autocast(forward_op), _without_autocast(backward_op)
+    if operation.results == 1:
+        forward_op = _in_tuple(forward_op)
     bare, saving = ((False,), (True,)) if operation.saves else ((), ())
 
     def save(ctx, arguments, results, outputs):
@@ -154,4 +156,10 @@ def _without_autocast(op):
             return op(*arguments)
         with torch.autocast(device, enabled=False):
             return op(*arguments)
+    return call
+
+
+def _in_tuple(op):
+    def call(*arguments):
+        return op(*arguments),
     return call

@@ -4,12 +4,13 @@
 """
 
 from ..reference.conv4 import Conv4
+from .coordinate_generator import CoordinateLSTM, CoordinateMLP
 from .cosine_attention import CosineAttention
 from .full_context import QueryEncoder, SupportEncoder
 from .lrua_memory import LRUAMemory
 from .mann import MANN, LSTMBaseline, MANNCell
 from .matching_network import MatchingNetwork
-from .meta_network import AugmentedLearner, CoordinateLSTM, CoordinateMLP, MetaNetwork
+from .meta_network import AugmentedLearner, MetaNetwork
 
 __all__ = ["AugmentedLearner", "Conv4", "CoordinateLSTM", "CoordinateMLP", "CosineAttention", "LRUAMemory", "LSTMBaseline", "MANN", "MANNCell",
            "MatchingNetwork", "MetaNetwork", "QueryEncoder", "SupportEncoder"]

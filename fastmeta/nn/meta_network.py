@@ -3,84 +3,13 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
 
 from .. import functional, reference
-from ..reference.meta_network import COSINE, preprocess_gradient
+from ..reference.meta_network import COSINE
+from .coordinate_generator import CoordinateLSTM, CoordinateMLP
 
-# Coordinates that a generator takes at a time, so that what it holds of them stays in the cache. Measured on Zen 3.
-MLP_BLOCK, LSTM_BLOCK = 8192, 2048
 # Multiplications that writing and reading a fast weight of a query cost, forward and backward: where they part on Zen 3.
 TRAFFIC = 48
-
-
-class _Blocked(Function):
-    """``function(gradients [T, n], *parameters) -> [n]``, coordinate by coordinate, in blocks that are computed again in the backward.
-
-    Nothing but the arguments is saved. Where the backward is itself differentiated, it is that of a single block, by PyTorch.
-    """
-
-    @staticmethod
-    def forward(function, block, gradients, *parameters):
-        return torch.cat([function(part, *parameters) for part in gradients.split(block, 1)])
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.function, ctx.block = inputs[:2]
-        ctx.save_for_backward(*inputs[2:])
-
-    @staticmethod
-    def backward(ctx, grad):
-        saved = ctx.saved_tensors
-        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
-            return None, None, *torch.func.vjp(ctx.function, *saved)[1](grad)
-        gradients, *parameters = saved
-        wanted = [p for p, needed in zip(parameters, ctx.needs_input_grad[3:]) if needed]
-        of_gradients, sums = [], [torch.zeros_like(p) for p in wanted]
-        with torch.enable_grad():
-            for part, part_grad in zip(gradients.split(ctx.block, 1), grad.split(ctx.block)):
-                inputs = [part, *wanted] if ctx.needs_input_grad[2] else wanted
-                # along a single gradient, the recurrent weights are not used
-                found = torch.autograd.grad(ctx.function(part, *parameters), inputs, part_grad, allow_unused=True)
-                of_gradients += found[:-len(wanted) or None] if ctx.needs_input_grad[2] else ()
-                for total, one in zip(sums, found[-len(wanted):] if wanted else ()):
-                    total += 0 if one is None else one
-        found = iter(sums)
-        return (None, None, torch.cat(of_gradients, 1) if of_gradients else None,
-                *(next(found) if needed else None for needed in ctx.needs_input_grad[3:]))
-
-
-def _mlp(gradients, w1, b1, w2, b2, w3, b3):
-    """A coordinate a column, so that every row is one long vector."""
-    hidden = torch.addmm(b1.unsqueeze(1), w1, preprocess_gradient(gradients[0])).relu()
-    hidden = torch.addmm(b2.unsqueeze(1), w2, hidden).relu()
-    return torch.addmm(b3.unsqueeze(1), w3, hidden)[0]
-
-
-def _lstm(gradients, w_ih, w_hh, b_ih, b_hh, w, b):
-    bias, width, h, c = (b_ih + b_hh).unsqueeze(1), w_hh.shape[1], None, None
-    for channels in preprocess_gradient(gradients).unbind(1):
-        gates = torch.addmm(bias, w_ih, channels)
-        input_forget, g, o = (gates if h is None else torch.addmm(gates, w_hh, h)).split([2 * width, width, width])
-        i, f = input_forget.sigmoid().chunk(2)
-        new = i * g.tanh()
-        c = new if c is None else torch.addcmul(new, f, c)
-        h = o.sigmoid() * c.tanh()
-    return torch.addmm(b.unsqueeze(1), w, h)[0]
-
-
-class CoordinateMLP(reference.CoordinateMLP):
-    __doc__ = reference.CoordinateMLP.__doc__
-
-    def forward(self, gradients: Tensor) -> Tensor:
-        return _Blocked.apply(_mlp, MLP_BLOCK, gradients.reshape(1, -1), *self.parameters()).view(gradients.shape)
-
-
-class CoordinateLSTM(reference.CoordinateLSTM):
-    __doc__ = reference.CoordinateLSTM.__doc__
-
-    def forward(self, gradients: Tensor) -> Tensor:
-        return _Blocked.apply(_lstm, LSTM_BLOCK, gradients.flatten(1), *self.parameters()).view(gradients.shape[1:])
 
 
 def episode_product(x: Tensor, weights: Tensor) -> Tensor:

@@ -14,46 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .coordinate_generator import CoordinateLSTM, CoordinateMLP
 from .cosine_attention import cosine_attention
 
-PREPROCESSING_P = 7.0
-PREPROCESSING_EPS = 2.0**-23  # of float32 in every dtype, so that float64 is the same function
 COSINE = dict(eps_mode="sqrt", eps=1e-6)
-
-
-def preprocess_gradient(gradient: Tensor) -> Tensor:
-    """The two channels in which a gradient enters a generator, ``[*] -> [2, *]``: ``max(log(|D| + eps) / p, -1)``, ``clip(e^p D, -1, 1)``.
-
-    Of a gradient above e^-p they tell the size and the sign; of a smaller one, the first is -1 and the second is proportional to it.
-    """
-    size = ((gradient.abs() + PREPROCESSING_EPS).log() / PREPROCESSING_P).clamp_min(-1)
-    return torch.stack([size, (gradient * math.exp(PREPROCESSING_P)).clamp(-1, 1)])
-
-
-class CoordinateMLP(nn.Module):
-    """m: a perceptron 2 - width - width - 1 on every coordinate by itself, ``forward(gradients [*]) -> fast weights [*]``."""
-
-    def __init__(self, width: int = 20):
-        super().__init__()
-        self.layers = nn.Sequential(nn.Linear(2, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1))
-
-    def forward(self, gradients: Tensor) -> Tensor:
-        return self.layers(preprocess_gradient(gradients).movedim(0, -1)).squeeze(-1)
-
-
-class CoordinateLSTM(nn.Module):
-    """d: an LSTM on every coordinate by itself, along the T gradients, ``forward(gradients [T, *]) -> fast weights [*]``."""
-
-    def __init__(self, width: int = 20):
-        super().__init__()
-        self.cell = nn.LSTMCell(2, width)
-        self.output = nn.Linear(width, 1)
-
-    def forward(self, gradients: Tensor) -> Tensor:
-        state = None
-        for gradient in gradients:
-            state = self.cell(preprocess_gradient(gradient.flatten()).mT, state)
-        return self.output(state[0]).reshape(gradients.shape[1:])
 
 
 class Generator(nn.Module):

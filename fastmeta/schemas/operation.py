@@ -89,12 +89,16 @@ class Operation:
             rule = _fold if self.folds else _loop
             torch.library.register_vmap(f"{namespace}::{name}", rule(getattr(getattr(torch.ops, namespace), name).default), lib=library)
 
+    def _declared(self, results):
+        """To torch's dispatcher a single result is a tensor, not a tuple of one."""
+        return results if self.results > 1 else results[0]
+
     def _fake(self, *arguments):
-        if not self.saves:
-            return self.fake(*arguments)
-        *arguments, save = arguments
+        save = True
+        if self.saves:
+            *arguments, save = arguments
         results = self.fake(*arguments)
-        return results if save else (*results[:self.visible], *(t.new_empty(0) for t in results[self.visible:]))
+        return self._declared(results if save else (*results[:self.visible], *(t.new_empty(0) for t in results[self.visible:])))
 
     def _fake_backward(self, *arguments):
         _, needs, tensors, _ = self._parts(arguments)
@@ -115,7 +119,7 @@ class Operation:
             hidden = [torch.zeros_like(t) if save else t.new_empty(0) for t in self.fake(*tensors, *numbers)[self.visible:]]
         dtype = arguments[0].dtype
         # A result may be one of the arguments, where nothing is to be done; an operation must not return its argument.
-        return *(t.to(dtype, copy=any(t is given for given in tensors)) for t in visible), *hidden
+        return self._declared((*(t.to(dtype, copy=any(t is given for given in tensors)) for t in visible), *hidden))
 
     def _fallback_backward(self, *arguments):
         grads, needs, tensors, numbers = self._parts(arguments)
@@ -158,6 +162,8 @@ def _loop(op):
     def rule(info, in_dims, *arguments):
         calls = [op(*(x.select(dim, i) if isinstance(x, Tensor) and dim is not None else x for x, dim in zip(arguments, in_dims)))
                  for i in range(info.batch_size)]
+        if isinstance(calls[0], Tensor):
+            return torch.stack(calls), 0
         results = tuple(torch.stack(each) for each in zip(*calls))
         return results, (0,) * len(results)
     return rule

@@ -74,9 +74,9 @@ class MetaNetRun(Run):
     def accumulate(self, numbers: range) -> Tensor:
         batch = self.episodes.batch(numbers)
         logits = self.replica(batch.support, batch.support_labels, batch.query)
-        # The mean over queries and episodes. The published code takes the sum over an episode's queries and clips its gradient at 10, so
-        # that the same `clip` bites less often here.
         loss = cross_entropy(logits.flatten(0, 1), batch.query_labels.flatten())
-        loss.backward()
+        # The published code takes the sum over an episode's queries, so that its clipping of the norm at 10 nearly always bites: steps of one
+        # length learn faster here than the mean does (Omniglot, 32 channels, 400 updates: 80.6% and 75.0% of the training queries).
+        (loss * batch.query_labels.shape[1]).backward()
         right = (logits.argmax(-1) == batch.query_labels).float().mean()
         return torch.stack([loss.detach(), right]).double() / self.world

@@ -1,0 +1,404 @@
+// coordinate_mlp and coordinate_lstm, forward and backward. The mathematics is in fastmeta/reference/coordinate_generator.py, the contract of
+// the operations in fastmeta/schemas/coordinate_generator.py.
+//
+// Work goes in tiles of kTile coordinates: a unit of a layer is a row of kTile numbers, so that a layer is a product with its small matrix of
+// weights, and all else is vector code over coordinates. The first input of every layer is 1 and the first column of its weights the bias. A
+// tile passes through all layers, and all steps of the LSTM, while it is in the cache; the backward does that again, on the tape of one tile.
+//
+// A task is a block of kBlock coordinates and has sums of its own for the gradients of the weights. They are added up block by block, so
+// the bits of a result do not depend on the number of threads.
+
+#include <torch/csrc/stable/library.h>
+
+#include <array>
+#include <cmath>
+#include <tuple>
+#include <vector>
+
+#include "cpu/lstm.h"
+#include "cpu/simd.h"
+#include "cpu/tensor.h"
+
+namespace fastmeta {
+namespace {
+
+template <typename T> inline constexpr int64_t kTile = 4 * kLanes<T>;
+constexpr int64_t kBlock = 4096;
+constexpr int64_t kChannels = 2;
+
+// ---- preprocessing --------------------------------------------------------------------------------------------------------------------
+
+template <typename T> inline constexpr T kEps = T(1.0 / (1 << 23));  // 2^-23
+template <typename T> inline constexpr T kPower = T(7);  // p
+template <typename T> inline constexpr T kSlope = T(1096.6331584284585);  // e^p
+
+template <typename T> FASTMETA_INLINE T log_size(T gradient) {
+  return log_of(std::abs(gradient) + kEps<T>) / kPower<T>;
+}
+
+// Both channels of a tile, [2][kTile], of `count` gradients and zeros behind them.
+template <typename T> FASTMETA_INLINE void preprocess(const T* gradients, int64_t count, T* channels) {
+  T* sign = channels + kTile<T>;
+  std::copy_n(gradients, count, sign);
+  std::fill_n(sign + count, kTile<T> - count, T(0));
+#pragma omp simd
+  for (int l = 0; l < kTile<T>; ++l) {
+    const T size = log_size(sign[l]), slope = sign[l] * kSlope<T>;
+    channels[l] = size < -1 ? T(-1) : size;
+    sign[l] = slope < -1 ? T(-1) : slope > 1 ? T(1) : slope;
+  }
+}
+
+// As PyTorch has it: the slope of a clamp is 1 on its borders, that of the absolute value is 0 at 0.
+template <typename T> FASTMETA_INLINE void preprocess_backward(const T* gradients, int64_t count, const T* grad_channels, T* grad) {
+  const T* grad_sign = grad_channels + kTile<T>;
+  for (int64_t l = 0; l < count; ++l) {
+    const T x = gradients[l], slope = x * kSlope<T>;
+    const T by_size = log_size(x) >= -1 ? grad_channels[l] / (std::abs(x) + kEps<T>) / kPower<T> : T(0);
+    grad[l] = (x > 0 ? by_size : x < 0 ? -by_size : T(0)) + (slope >= -1 && slope <= 1 ? grad_sign[l] * kSlope<T> : T(0));
+  }
+}
+
+// ---- a layer --------------------------------------------------------------------------------------------------------------------------
+
+// y = weight x, with x[0] = 1; what works on it works on a tile, a row of kTile numbers for each input and output.
+template <typename T> struct Layer {
+  int64_t outputs, inputs;
+  Buffer<T> weight{outputs * inputs};  // [outputs][inputs]
+  int64_t padded = ceil_divide(inputs, kLanes<T>) * kLanes<T>;  // rows of a tile of inputs, those behind the inputs zeros; columns of a gradient
+
+  int64_t tile() const { return padded * kTile<T>; }
+  int64_t grad_size() const { return outputs * padded; }
+
+  // A tile of inputs: zeros but for the 1.
+  FASTMETA_INLINE void prepare(T* x) const {
+    std::fill_n(x, tile(), T(0));
+    std::fill_n(x, kTile<T>, T(1));
+  }
+  // With the first `used` inputs.
+  FASTMETA_INLINE void apply(int64_t used, const T* x, T* y) const {
+    for (int64_t l = 0; l < kTile<T>; l += kLanes<T>)
+      product<T, Left::kRows>(outputs, used, weight.get(), inputs, x + l, kTile<T>, y + l, kTile<T>, false);
+  }
+  // The gradients of `count` inputs from the `first` on.
+  FASTMETA_INLINE void pull_back(int64_t first, int64_t count, const T* grad_y, T* grad_x) const {
+    for (int64_t l = 0; l < kTile<T>; l += kLanes<T>)
+      product<T, Left::kColumns>(count, outputs, weight.get() + first, inputs, grad_y + l, kTile<T>, grad_x + l, kTile<T>, false);
+  }
+  // grad [outputs][padded] += grad_y x^T, of the first `used` inputs; `scratch` has room for a tile of inputs.
+  FASTMETA_INLINE void accumulate(int64_t used, const T* grad_y, const T* x, T* scratch, T* grad) const {
+    transpose(padded, kTile<T>, x, kTile<T>, scratch, padded);
+    for (int64_t i = 0; i < used; i += kLanes<T>)
+      product<T, Left::kRows>(outputs, kTile<T>, grad_y, kTile<T>, scratch + i, padded, grad + i, padded, true);
+  }
+};
+
+struct Part {  // of the weights of a layer: one tensor [outputs, columns], or a bias
+  const Tensor* tensor;
+  int64_t columns;
+};
+
+template <typename T, size_t kParts> Layer<T> make_layer(int64_t outputs, const std::array<Part, kParts>& parts) {
+  int64_t inputs = 0, first = 0;
+  for (const Part& part : parts) inputs += part.columns;
+  Layer<T> layer{outputs, inputs};
+  for (const Part& part : parts) {
+    const Rows<T> from(*part.tensor);
+    for (int64_t i = 0; i < outputs; ++i) std::copy_n(from[0] + i * part.columns, part.columns, layer.weight.get() + i * inputs + first);
+    first += part.columns;
+  }
+  return layer;
+}
+
+// The columns [first, first + sizes.back()) of a gradient [outputs][padded].
+template <typename T> Tensor columns_of(const Layer<T>& layer, const T* grad, int64_t first, const std::vector<int64_t>& sizes) {
+  const Rows<T> to = Rows<T>::make(sizes);
+  const int64_t count = sizes.size() > 1 ? sizes[1] : 1;
+  for (int64_t i = 0; i < layer.outputs; ++i) std::copy_n(grad + i * layer.padded + first, count, to[0] + i * count);
+  return to.tensor();
+}
+
+// ---- the perceptron -------------------------------------------------------------------------------------------------------------------
+
+template <typename T> struct Mlp {
+  static constexpr int kLayers = 3;
+  int64_t coordinates, width;
+  const T* gradients;
+  std::array<Layer<T>, kLayers> layers;
+
+  int64_t grad_size() const { return layers[0].grad_size() + layers[1].grad_size() + layers[2].grad_size(); }
+  int64_t multiplications() const { return width * (width + 3); }
+};
+
+template <typename T> struct MlpTape {
+  Buffer<T> inputs[Mlp<T>::kLayers];  // of each layer
+  Buffer<T> output{kTile<T>};
+
+  explicit FASTMETA_INLINE MlpTape(const Mlp<T>& p) {
+    for (int i = 0; i < p.kLayers; ++i) {
+      inputs[i] = Buffer<T>(p.layers[i].tile());
+      p.layers[i].prepare(inputs[i].get());
+    }
+  }
+};
+
+template <typename T> FASTMETA_INLINE void forward_tile(const Mlp<T>& p, int64_t at, int64_t count, const MlpTape<T>& tape) {
+  preprocess(p.gradients + at, count, tape.inputs[0].get() + kTile<T>);
+  for (int i = 0; i < p.kLayers; ++i) {
+    const Layer<T>& layer = p.layers[i];
+    T* y = i + 1 < p.kLayers ? tape.inputs[i + 1].get() + kTile<T> : tape.output.get();
+    layer.apply(layer.inputs, tape.inputs[i].get(), y);
+    if (i + 1 < p.kLayers)
+#pragma omp simd
+      for (int64_t l = 0; l < layer.outputs * kTile<T>; ++l) y[l] = y[l] < 0 ? T(0) : y[l];
+  }
+}
+
+template <typename T> FASTMETA_INLINE void forward_block(const Mlp<T>& p, int64_t begin, int64_t end, T* result) {
+  const MlpTape<T> tape(p);
+  for (int64_t at = begin; at < end; at += kTile<T>) {
+    const int64_t count = std::min(kTile<T>, end - at);
+    forward_tile(p, at, count, tape);
+    std::copy_n(tape.output.get(), count, result + at);
+  }
+}
+
+// `grad`: of the result; sets `of_gradients` and adds to `of_weights`, that of one layer behind the other, where they are not null.
+template <typename T>
+FASTMETA_INLINE void backward_block(const Mlp<T>& p, int64_t begin, int64_t end, const T* grad, T* of_gradients, T* of_weights) {
+  const MlpTape<T> tape(p);
+  const int64_t widest = std::max(p.width, kChannels) * kTile<T>;
+  const Buffer<T> grad_x(widest), scratch(p.layers[1].tile() + p.layers[0].tile()), grad_y(widest);
+  for (int64_t at = begin; at < end; at += kTile<T>) {
+    const int64_t count = std::min(kTile<T>, end - at);
+    forward_tile(p, at, count, tape);
+    std::copy_n(grad + at, count, grad_y.get());
+    std::fill_n(grad_y.get() + count, kTile<T> - count, T(0));
+    T* sums = of_weights ? of_weights + p.grad_size() : nullptr;
+    for (int i = p.kLayers - 1; i >= 0; --i) {
+      const Layer<T>& layer = p.layers[i];
+      const T* x = tape.inputs[i].get();
+      if (sums) layer.accumulate(layer.inputs, grad_y.get(), x, scratch.get(), sums -= layer.grad_size());
+      if (i == 0 && !of_gradients) break;
+      layer.pull_back(1, layer.inputs - 1, grad_y.get(), grad_x.get());
+      if (i)
+#pragma omp simd
+        for (int64_t l = 0; l < p.width * kTile<T>; ++l) grad_y.get()[l] = x[kTile<T> + l] <= 0 ? T(0) : grad_x.get()[l];
+    }
+    if (of_gradients) preprocess_backward(p.gradients + at, count, grad_x.get(), of_gradients + at);
+  }
+}
+
+// ---- the LSTM -------------------------------------------------------------------------------------------------------------------------
+
+template <typename T> struct Lstm {
+  int64_t coordinates, width, steps;
+  const T* gradients;  // [steps][coordinates]
+  Layer<T> gates, output;
+
+  static constexpr int64_t kFirst = 1 + kChannels;  // input of the gates that is h
+  int64_t state() const { return width * kTile<T>; }
+  int64_t grad_size() const { return gates.grad_size() + output.grad_size(); }
+  int64_t multiplications() const { return steps * 4 * width * (width + 6); }
+  int64_t used(int64_t t) const { return t ? gates.inputs : kFirst; }  // h_0 is 0
+};
+
+// Of a tile at every step, or, where nothing is kept, of the last one.
+template <typename T> struct LstmTape {
+  const Lstm<T>& p;
+  bool keep;
+  int64_t steps = keep ? p.steps : 1;
+  Buffer<T> inputs{steps * p.gates.tile()}, gates{steps * 4 * p.state()}, cells{(1 + steps) * p.state()}, last{p.output.tile()};
+
+  FASTMETA_INLINE LstmTape(const Lstm<T>& p, bool keep) : p(p), keep(keep) {
+    for (int64_t t = 0; t < steps; ++t) p.gates.prepare(inputs.get() + t * p.gates.tile());
+    p.output.prepare(last.get());
+    std::fill_n(cells.get(), p.state(), T(0));
+  }
+  T* inputs_at(int64_t t) const { return inputs.get() + (keep ? t : 0) * p.gates.tile(); }
+  T* gates_at(int64_t t) const { return gates.get() + (keep ? t : 0) * 4 * p.state(); }
+  T* cell_after(int64_t t) const { return cells.get() + (1 + (keep ? t : 0)) * p.state(); }
+  const T* cell_before(int64_t t) const { return t ? cell_after(t - 1) : cells.get(); }
+};
+
+template <typename T> FASTMETA_INLINE void forward_tile(const Lstm<T>& p, int64_t at, int64_t count, const LstmTape<T>& tape) {
+  for (int64_t t = 0; t < p.steps; ++t) {
+    preprocess(p.gradients + t * p.coordinates + at, count, tape.inputs_at(t) + kTile<T>);
+    p.gates.apply(p.used(t), tape.inputs_at(t), tape.gates_at(t));
+    T* h = t + 1 < p.steps ? tape.inputs_at(t + 1) + p.kFirst * kTile<T> : tape.last.get() + kTile<T>;
+    activate_gates(p.state(), tape.gates_at(t), tape.cell_before(t), tape.cell_after(t), h);
+  }
+}
+
+template <typename T> FASTMETA_INLINE void forward_block(const Lstm<T>& p, int64_t begin, int64_t end, T* result) {
+  const LstmTape<T> tape(p, false);
+  const Buffer<T> y(kTile<T>);
+  for (int64_t at = begin; at < end; at += kTile<T>) {
+    const int64_t count = std::min(kTile<T>, end - at);
+    forward_tile(p, at, count, tape);
+    p.output.apply(p.output.inputs, tape.last.get(), y.get());
+    std::copy_n(y.get(), count, result + at);
+  }
+}
+
+template <typename T>
+FASTMETA_INLINE void backward_block(const Lstm<T>& p, int64_t begin, int64_t end, const T* grad, T* of_gradients, T* of_weights) {
+  const LstmTape<T> tape(p, true);
+  const Buffer<T> grad_y(kTile<T>), grad_h(p.state()), grad_cell(p.state()), grad_gates(4 * p.state()), grad_channels(kChannels * kTile<T>),
+      scratch(std::max(p.gates.tile(), p.output.tile()));
+  for (int64_t at = begin; at < end; at += kTile<T>) {
+    const int64_t count = std::min(kTile<T>, end - at);
+    forward_tile(p, at, count, tape);
+    std::copy_n(grad + at, count, grad_y.get());
+    std::fill_n(grad_y.get() + count, kTile<T> - count, T(0));
+    std::fill_n(grad_cell.get(), p.state(), T(0));
+    if (of_weights) p.output.accumulate(p.output.inputs, grad_y.get(), tape.last.get(), scratch.get(), of_weights + p.gates.grad_size());
+    p.output.pull_back(1, p.width, grad_y.get(), grad_h.get());
+    for (int64_t t = p.steps - 1; t >= 0; --t) {
+      gates_backward(p.state(), tape.gates_at(t), tape.cell_after(t), tape.cell_before(t), grad_h.get(), grad_cell.get(), grad_gates.get());
+      if (of_weights) p.gates.accumulate(p.used(t), grad_gates.get(), tape.inputs_at(t), scratch.get(), of_weights);
+      if (of_gradients) {
+        p.gates.pull_back(1, kChannels, grad_gates.get(), grad_channels.get());
+        const int64_t from = t * p.coordinates + at;
+        preprocess_backward(p.gradients + from, count, grad_channels.get(), of_gradients + from);
+      }
+      if (t) p.gates.pull_back(p.kFirst, p.width, grad_gates.get(), grad_h.get());
+    }
+  }
+}
+
+// ---- one function for each type, compiled for each instruction set --------------------------------------------------------------------
+
+FASTMETA_CLONES void run_forward(const Mlp<float>& p, int64_t begin, int64_t end, float* result) { forward_block(p, begin, end, result); }
+FASTMETA_CLONES void run_forward(const Mlp<double>& p, int64_t begin, int64_t end, double* result) { forward_block(p, begin, end, result); }
+FASTMETA_CLONES void run_forward(const Lstm<float>& p, int64_t begin, int64_t end, float* result) { forward_block(p, begin, end, result); }
+FASTMETA_CLONES void run_forward(const Lstm<double>& p, int64_t begin, int64_t end, double* result) { forward_block(p, begin, end, result); }
+FASTMETA_CLONES void run_backward(const Mlp<float>& p, int64_t begin, int64_t end, const float* grad, float* of_gradients, float* of_weights) {
+  backward_block(p, begin, end, grad, of_gradients, of_weights);
+}
+FASTMETA_CLONES void run_backward(const Mlp<double>& p, int64_t begin, int64_t end, const double* grad, double* of_gradients, double* of_weights) {
+  backward_block(p, begin, end, grad, of_gradients, of_weights);
+}
+FASTMETA_CLONES void run_backward(const Lstm<float>& p, int64_t begin, int64_t end, const float* grad, float* of_gradients, float* of_weights) {
+  backward_block(p, begin, end, grad, of_gradients, of_weights);
+}
+FASTMETA_CLONES void run_backward(const Lstm<double>& p, int64_t begin, int64_t end, const double* grad, double* of_gradients, double* of_weights) {
+  backward_block(p, begin, end, grad, of_gradients, of_weights);
+}
+
+template <typename Generator, typename Run> void for_each_block(const Generator& p, const Run& run) {
+  // A fork and join of threads costs some microseconds: not for work of that size.
+  const int64_t grain = 1 + 200000 / (kBlock * p.multiplications());
+  for_each_task(ceil_divide(p.coordinates, kBlock), p.coordinates * p.multiplications() < 200000 ? 2 : grain,
+                [&](int64_t i) { run(i, i * kBlock, std::min(p.coordinates, (i + 1) * kBlock)); });
+}
+
+template <typename T, typename Generator> Tensor forward(const Generator& p) {
+  const Rows<T> result = Rows<T>::make({p.coordinates});
+  for_each_block(p, [&](int64_t, int64_t begin, int64_t end) { run_forward(p, begin, end, result[0]); });
+  return result.tensor();
+}
+
+// The gradients of the gradients, in the shape `sizes`, and of the weights, where they are needed.
+template <typename T, typename Generator>
+std::tuple<Tensor, Buffer<T>> backward(const Generator& p, const Tensor& grad, int64_t needs, const std::vector<int64_t>& sizes) {
+  const Rows<T> of_result(grad), of_gradients = Rows<T>::make(needs & 1 ? sizes : std::vector<int64_t>{0});
+  const int64_t blocks = ceil_divide(p.coordinates, kBlock), size = p.grad_size();
+  const bool weights = needs >> 1;
+  const Buffer<T> partial(weights ? blocks * size : 0);
+  for_each_block(p, [&](int64_t i, int64_t begin, int64_t end) {
+    if (weights) std::fill_n(partial.get() + i * size, size, T(0));
+    run_backward(p, begin, end, of_result[0], needs & 1 ? of_gradients[0] : nullptr, weights ? partial.get() + i * size : nullptr);
+  });
+  Buffer<T> of_weights(size);
+  for (int64_t k = 0; weights && k < size; ++k) {
+    double sum = 0;
+    for (int64_t i = 0; i < blocks; ++i) sum += double(partial.get()[i * size + k]);
+    of_weights.get()[k] = T(sum);
+  }
+  return {of_gradients.tensor(), std::move(of_weights)};
+}
+
+// ---- the operations -------------------------------------------------------------------------------------------------------------------
+
+template <typename T>
+Mlp<T> make_mlp(const Rows<T>& gradients, const Tensor& weight_1, const Tensor& bias_1, const Tensor& weight_2, const Tensor& bias_2,
+                const Tensor& weight_3, const Tensor& bias_3) {
+  const int64_t width = bias_1.size(0);
+  using Parts = std::array<Part, 2>;
+  return {gradients.tensor().size(0), width, gradients[0],
+          {make_layer<T>(width, Parts{{{&bias_1, 1}, {&weight_1, kChannels}}}), make_layer<T>(width, Parts{{{&bias_2, 1}, {&weight_2, width}}}),
+           make_layer<T>(1, Parts{{{&bias_3, 1}, {&weight_3, width}}})}};
+}
+
+Tensor coordinate_mlp(Tensor gradients, Tensor weight_1, Tensor bias_1, Tensor weight_2, Tensor bias_2, Tensor weight_3, Tensor bias_3) {
+  return for_dtype(gradients, [&](auto zero) {
+    using T = decltype(zero);
+    const Rows<T> rows(gradients);
+    return forward<T>(make_mlp(rows, weight_1, bias_1, weight_2, bias_2, weight_3, bias_3));
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> coordinate_mlp_backward(
+    Tensor grad, int64_t needs, Tensor gradients, Tensor weight_1, Tensor bias_1, Tensor weight_2, Tensor bias_2, Tensor weight_3, Tensor bias_3,
+    Tensor) {
+  return for_dtype(gradients, [&](auto zero) -> std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> {
+    using T = decltype(zero);
+    const Rows<T> rows(gradients);
+    const Mlp<T> p = make_mlp(rows, weight_1, bias_1, weight_2, bias_2, weight_3, bias_3);
+    const auto [of_gradients, of_weights] = backward<T>(p, grad, needs, {p.coordinates});
+    const T* sums = of_weights.get();
+    auto when = [&, &sums = sums](int bit, int layer, int64_t first, std::vector<int64_t> sizes) {
+      const T* at = sums;
+      for (int i = 0; i < layer; ++i) at += p.layers[i].grad_size();
+      return needs >> bit & 1 ? columns_of(p.layers[layer], at, first, sizes) : empty({0}, kScalarType<T>);
+    };
+    return {of_gradients, when(1, 0, 1, {p.width, kChannels}), when(2, 0, 0, {p.width}), when(3, 1, 1, {p.width, p.width}),
+            when(4, 1, 0, {p.width}), when(5, 2, 1, {1, p.width}), when(6, 2, 0, {1})};
+  });
+}
+
+template <typename T>
+Lstm<T> make_lstm(const Rows<T>& gradients, const Tensor& weight_ih, const Tensor& weight_hh, const Tensor& bias, const Tensor& output_weight,
+                  const Tensor& output_bias) {
+  const int64_t width = weight_hh.size(1);
+  return {gradients.tensor().size(1), width, gradients.tensor().size(0), gradients[0],
+          make_layer<T>(4 * width, std::array<Part, 3>{{{&bias, 1}, {&weight_ih, kChannels}, {&weight_hh, width}}}),
+          make_layer<T>(1, std::array<Part, 2>{{{&output_bias, 1}, {&output_weight, width}}})};
+}
+
+Tensor coordinate_lstm(Tensor gradients, Tensor weight_ih, Tensor weight_hh, Tensor bias, Tensor output_weight, Tensor output_bias) {
+  return for_dtype(gradients, [&](auto zero) {
+    using T = decltype(zero);
+    const Rows<T> rows(gradients);
+    return forward<T>(make_lstm(rows, weight_ih, weight_hh, bias, output_weight, output_bias));
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> coordinate_lstm_backward(Tensor grad, int64_t needs, Tensor gradients, Tensor weight_ih,
+                                                                                    Tensor weight_hh, Tensor bias, Tensor output_weight,
+                                                                                    Tensor output_bias, Tensor) {
+  return for_dtype(gradients, [&](auto zero) -> std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> {
+    using T = decltype(zero);
+    const Rows<T> rows(gradients);
+    const Lstm<T> p = make_lstm(rows, weight_ih, weight_hh, bias, output_weight, output_bias);
+    const auto [of_gradients, of_weights] = backward<T>(p, grad, needs, {p.steps, p.coordinates});
+    const T *of_gates = of_weights.get(), *of_output = of_gates + p.gates.grad_size();
+    auto when = [&](int bit, const Layer<T>& layer, const T* sums, int64_t first, std::vector<int64_t> sizes) {
+      return needs >> bit & 1 ? columns_of(layer, sums, first, sizes) : empty({0}, kScalarType<T>);
+    };
+    return {of_gradients, when(1, p.gates, of_gates, 1, {4 * p.width, kChannels}), when(2, p.gates, of_gates, p.kFirst, {4 * p.width, p.width}),
+            when(3, p.gates, of_gates, 0, {4 * p.width}), when(4, p.output, of_output, 1, {1, p.width}), when(5, p.output, of_output, 0, {1})};
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastmeta, CPU, module) {
+  module.impl("coordinate_mlp", TORCH_BOX(&coordinate_mlp));
+  module.impl("coordinate_mlp_backward", TORCH_BOX(&coordinate_mlp_backward));
+  module.impl("coordinate_lstm", TORCH_BOX(&coordinate_lstm));
+  module.impl("coordinate_lstm_backward", TORCH_BOX(&coordinate_lstm_backward));
+}
+
+}  // namespace fastmeta
