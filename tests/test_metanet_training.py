@@ -38,7 +38,7 @@ def squares(classes=6, each=8):
 # ---- training ------------------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("second_order", [False, True], ids=["first order", "second order"])
-def test_steps_are_adam_on_the_clipped_mean_cross_entropy(tmp_path, second_order):
+def test_steps_are_adam_on_the_clipped_cross_entropy(tmp_path, second_order):
     """Two steps written out with autograd alone: the first step of Adam does not depend on the size of the gradient, the second does."""
     split = data.load("glyphs")
     config = MetaNetConfig(**{**TINY, "steps": 2}, clip=0.02, second_order=second_order)
@@ -52,7 +52,7 @@ def test_steps_are_adam_on_the_clipped_mean_cross_entropy(tmp_path, second_order
         logits = [model(e.support, e.support_labels, e.query) for e in (episodes[2 * step - 2], episodes[2 * step - 1])]
         loss = sum(cross_entropy(each[q], torch.tensor(q // 2)) for each in logits for q in range(6)) / 12
         model.zero_grad()
-        loss.backward()
+        (6 * loss).backward()  # the sum over the queries of an episode
         norms.append(math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters() if p.grad is not None)))
         for name, p in model.named_parameters():
             if p.grad is None:
@@ -117,7 +117,7 @@ def test_two_processes_do_what_one_does(tmp_path):
     assert means[0].keys() == means[1].keys() and len(means[0]) == len(one["model"]) - 1
     for key, mean in means[0].items():
         assert mean.any()
-        torch.testing.assert_close(means[1][key], mean, atol=2e-3 * mean.abs().max().item() + 1e-9, rtol=0, msg=lambda text: f"{key}: {text}")
+        torch.testing.assert_close(means[1][key], mean, atol=1e-4 * mean.abs().max().item() + 1e-8, rtol=0, msg=lambda text: f"{key}: {text}")
     for a, b in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
         assert a == pytest.approx(b, abs=2e-4)
 
