@@ -202,9 +202,9 @@ def _evaluate(options: argparse.Namespace) -> int:
             curves[path] = _evaluate_mann(model, config, test, options)
         else:
             _evaluate_few_shot(path, name, model, config, test, options)
-    if curves and options.plot:
-        draw_curves(options.plot, curves)
     if options.plot:
+        if curves:
+            draw_curves(options.plot, curves)
         print(f"{options.plot} written")
     return 0
 
@@ -222,6 +222,7 @@ def _evaluate_few_shot(path: Path, name: str, model, config, test, options: argp
         print(f"nearest in pixels  {evaluate_pixels(test, **task)}")
     if options.plot:
         from .training.curves import draw_few_shot
+        # of many supports the picture could show little
         draw_few_shot(options.plot, path, test, [f"{way}-way {shot}-shot, unseen: {100 * accuracy.mean:.1f} ± {100 * accuracy.interval:.1f}%"],
                       way=way, shot=max(1, min(shot, 20 // way)), seed=options.seed)
 

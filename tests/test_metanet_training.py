@@ -291,6 +291,7 @@ def test_demo(tmp_path, monkeypatch, capsys):
     picture = tmp_path / "demo.png"
     assert main(["demo", "metanet", "--out", str(picture)]) == 0
     output = capsys.readouterr().out
-    for part in ("3-way 2-shot episodes", "50 to watch", "meta network", "nearest in pixels", "3-way 2-shot, 6 queries, 2 channels", " ms", "written"):
+    for part in ("3-way 2-shot episodes", "50 to watch", "meta network", "nearest in pixels", "3-way 2-shot, 6 queries, 2 channels", " ms",
+                 "written"):
         assert part in output
     assert picture.stat().st_size > 10000
