@@ -31,18 +31,18 @@ template <> struct FloatFormat<float> {
   using Integer = int32_t;
   static constexpr int kMantissa = 23, kBias = 127;
   static constexpr int kTerms = 7, kLogTerms = 9;  // Taylor of exp to r^7, of atanh to s^9: the next terms are 5e-9 and 7e-10
-  static constexpr float kLowest = -87.3f;                       // exp() of less is subnormal
+  static constexpr float kLowest = -87.3f, kHighest = 88.9f;      // exp() of less is subnormal; of more, as of this, infinite
   static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // ln 2 in two parts: n * high is exact
 };
 template <> struct FloatFormat<double> {
   using Integer = int64_t;
   static constexpr int kMantissa = 52, kBias = 1023;
   static constexpr int kTerms = 13, kLogTerms = 21;  // the next terms are 4e-18 and 2e-19
-  static constexpr double kLowest = -708.3;
+  static constexpr double kLowest = -708.3, kHighest = 710;
   static constexpr double kLn2High = 6.93145751953125e-1, kLn2Low = 1.42860682030941723212e-6;
 };
 
-// exp(x) = power * (1 + tail), for x in [kLowest, 88] (double: 709): x = n ln 2 + r, power = 2^n, tail = exp(r) - 1. No branch and no call,
+// exp(x) = power * (1 + tail), for x in [kLowest, kHighest]: x = n ln 2 + r, power = 2^n, tail = exp(r) - 1. No branch and no call,
 // so that a loop over it becomes vector code.
 template <typename T> FASTMETA_INLINE T exp_parts(T x, T& power) {
   using Format = FloatFormat<T>;
@@ -82,13 +82,15 @@ template <typename T> FASTMETA_INLINE T tanh_of(T x) {
   T power;
   const T tail = exp_parts(y < kLowest ? kLowest : y, power);
   const T expm1 = power * tail + (power - T(1));
-  const T result = -expm1 / (expm1 + T(2));
-  return x < 0 ? -result : result;
+  return std::copysign(expm1 / (expm1 + T(2)), x);
 }
 
 template <typename T> FASTMETA_INLINE T sigmoid_of(T x) {
-  const T e = exp_nonpositive(-std::abs(x));
-  return (x < 0 ? e : T(1)) / (T(1) + e);
+  constexpr T kLowest = FloatFormat<T>::kLowest, kHighest = FloatFormat<T>::kHighest;
+  const T bounded = -x > kHighest ? kHighest : -x;
+  T power;
+  const T tail = exp_parts(bounded < kLowest ? kLowest : bounded, power);
+  return T(1) / (T(1) + (power * tail + power));
 }
 
 // log(x) for x that is not negative nor subnormal: 2 atanh((m - 1) / (m + 1)) + e ln 2 with x = 2^e m. 0 gives -inf, infinity and NaN themselves.

@@ -43,6 +43,11 @@ class AugmentedLearner(reference.AugmentedLearner):
         slow = super().augment(name, x, None, activation)
         return slow if fast is None else slow + activation(fast(name + ".weight", x))
 
+    def block(self, name, x, fast):
+        if fast is None:
+            return super().block(name, x, None)
+        return functional.augmented_pool(self.get_submodule(name)(x), fast(name + ".weight", x))
+
 
 class MetaNetwork(reference.MetaNetwork):
     __doc__ = reference.MetaNetwork.__doc__

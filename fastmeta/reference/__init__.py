@@ -1,5 +1,6 @@
 """The papers in plain PyTorch: layers to be read beside the equations, and what every kernel is tested against."""
 
+from .augmented_pool import augmented_pool
 from .conv4 import Conv4
 from .coordinate_generator import CoordinateLSTM, CoordinateMLP, coordinate_lstm, coordinate_mlp, preprocess_gradient
 from .cosine_attention import CosineAttention, cosine_attention, cosine_scores, matching_log_probs
@@ -11,5 +12,6 @@ from .matching_network import MatchingNetwork
 from .meta_network import AugmentedLearner, MetaNetwork
 
 __all__ = ["AugmentedLearner", "Conv4", "CoordinateLSTM", "CoordinateMLP", "CosineAttention", "LRUAMemory", "LRUAState", "LSTMBaseline", "MANN",
-           "MANNCell", "MANNState", "MatchingNetwork", "MetaNetwork", "QueryEncoder", "SupportEncoder", "coordinate_lstm", "coordinate_mlp",
-           "cosine_attention", "cosine_scores", "lrua_step", "lrua_write", "mann_episode", "matching_log_probs", "memory_read", "preprocess_gradient"]
+           "MANNCell", "MANNState", "MatchingNetwork", "MetaNetwork", "QueryEncoder", "SupportEncoder", "augmented_pool", "coordinate_lstm",
+           "coordinate_mlp", "cosine_attention", "cosine_scores", "lrua_step", "lrua_write", "mann_episode", "matching_log_probs", "memory_read",
+           "preprocess_gradient"]

@@ -58,10 +58,13 @@ class AugmentedLearner(nn.Module):
         weight = fast[name + ".weight"]
         return slow + activation(F.conv2d(x, weight, padding=1) if weight.dim() == 4 else F.linear(x, weight))
 
+    def block(self, name: str, x: Tensor, fast: dict[str, Tensor] | None) -> Tensor:
+        return F.max_pool2d(self.augment(name, x, fast), 2, ceil_mode=True)
+
     def convolve(self, images: Tensor, fast: dict[str, Tensor] | None) -> Tensor:
         x = images
         for i in range(len(self.convs)):
-            x = F.max_pool2d(self.augment(f"convs.{i}", x, fast), 2, ceil_mode=True)
+            x = self.block(f"convs.{i}", x, fast)
         return x.flatten(1)
 
     def forward(self, images: Tensor, fast: dict[str, Tensor] | None = None) -> Tensor:
