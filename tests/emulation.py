@@ -70,7 +70,7 @@ class Emulator:
         call = Call(arguments, self.seed)
         self.calls.append(call)
         results = self.run(call, name, arguments)
-        for t in results:
+        for t in results if isinstance(results, tuple) else (results,):
             assert not t.numel() or call.memory.initialised(t).all(), f"{name}: a result was not written completely"
         return results
 

@@ -1,6 +1,7 @@
-"""Deliberate faults in the kernels of the GPU, one at a time; a case of test_gpu_kernels.py, test_gpu_lrua_memory.py or test_gpu_mann.py must catch each.
+"""Deliberate faults in the kernels of the GPU, one at a time; a case of test_gpu_kernels.py, test_gpu_lrua_memory.py, test_gpu_mann.py or
+test_gpu_coordinate_generator.py must catch each.
 
-    python tests/mutations.py [--kernels cuda | triton | mann | lrua-triton] [--only NAME]
+    python tests/mutations.py [--kernels cuda | triton | mann | lrua-triton | coordinate-triton] [--only NAME]
 
 A fault is one piece of source in place of another. The kernels with it are compiled and run on the PTX machine, case after case, until one
 fails: the machine finds something, a number is wrong, or another order gives other bits. Prints a Markdown table. The exit status is 1 if a
@@ -23,6 +24,7 @@ from unittest import mock
 import emulation
 import numpy as np
 import ptx
+import test_gpu_coordinate_generator
 import test_gpu_kernels
 import test_gpu_lrua_memory
 import test_gpu_mann
@@ -268,6 +270,52 @@ LRUA_TRITON = [
     Fault("unscaled-key", "the gradient of a scaled key lacks its scale", "sums = key_scale * (sums - by_key", "sums = (sums - by_key"),
 ]
 
+COORDINATE_TRITON = [
+    # barriers, which several warps need
+    Fault("layer-over-readers", "a layer is stored over the one that others still read",
+          "tl.debug_barrier()  # others may still read the block before", "pass"),
+    Fault("layer-unseen", "a layer is read before all of it is there",
+          "_keep(hidden, first, real, BLOCK, BLOCK_W)\n    tl.debug_barrier()", "_keep(hidden, first, real, BLOCK, BLOCK_W)"),
+    Fault("slopes-unseen", "the gradient of the layer above is read before all of it is there",
+          "_keep(flow, of_second, real, BLOCK, BLOCK_W)\n        tl.debug_barrier()", "_keep(flow, of_second, real, BLOCK, BLOCK_W)"),
+    Fault("step-over-readers", "h is stored over that of the step before, which others still read",
+          "tl.debug_barrier()  # others may still read the step, or the block, before", "pass"),
+    Fault("gates-over-readers", "gradients of gates are stored over those of the step after, which others still read",
+          "tl.debug_barrier()  # others may still read the step after", "pass"),
+    Fault("gates-unseen", "gradients of gates are read before all of them are there",
+          "_keep(flow + 3 * TILE, of_o, real, BLOCK, BLOCK_W)\n            tl.debug_barrier()", "_keep(flow + 3 * TILE, of_o, real, BLOCK, BLOCK_W)"),
+    # what is there, and what is not
+    Fault("one-coordinate-more", "a block has one coordinate more than there is",
+          "mask=m < M - start, other=0.0)", "mask=m <= M - start, other=0.0)"),
+    Fault("one-unit-more", "sums have one unit more than there is", "tl.store(at, tl.load(at, mask=(unit < W) & ~begins", "tl.store(at, tl.load(at, mask=(unit <= W) & ~begins"),
+    Fault("gradients-not-wanted", "the gradient of the gradients is written where none is wanted",
+          "if needs & 1:\n            of_size", "if needs >= 0:\n            of_size"),
+    Fault("sums-not-wanted", "sums are made where no gradient of a weight is wanted",
+          "if needs > 1:\n                    below", "if needs >= 0:\n                    below"),
+    Fault("bias-not-wanted", "the gradient of a bias is written where none is wanted", "units, needs & 2)", "units, 1)"),
+    # sums
+    Fault("begins-again", "the sum of a program is that of its last block", "begins = block == program", "begins = block >= program"),
+    Fault("begins-each-block", "the sum of a program is that of its last block, but for the output", "(block == program) & (step == 0)", "(step == 0)"),
+    Fault("begins-each-step", "the sum of a program's first block is that of the first step", "(block == program) & (step == 0)", "(block == program)"),
+    Fault("never-begins", "the sum of a program begins with whatever was there", "~begins, other=0.0)", "(begins | ~begins), other=0.0)"),
+    Fault("one-program", "the gradient is the sum of the first program", "(p < programs)[:, None]", "(p < 1)[:, None]"),
+    Fault("untransposed", "rows of the sums are rows of the gradient", "to + unit * rows + row", "to + row * units + unit"),
+    # mathematics
+    Fault("second-channel-alone", "units of the first layer have the second channel's weights for both", "size[:, None] * _row(weight, gate, W", "size[:, None] * _row(weight, GATES + gate, W"),
+    Fault("no-relu", "a unit that is 0 passes its gradient", "tl.where(real[:, None] & ~(first <= 0), of_first", "tl.where(real[:, None], of_first"),
+    Fault("no-relu-above", "a unit of the second layer that is 0 passes its gradient", "real[:, None] & ~(second <= 0)", "real[:, None]"),
+    Fault("unclamped-size", "the first channel has a derivative below its clamp", "tl.where(size >= -1, of_size, 0.0)", "of_size"),
+    Fault("unclamped-scaled", "the second channel has a derivative outside of its clamp", "tl.where(tl.abs(gradient * EXP_P) <= 1, of_scaled, 0.0)", "of_scaled"),
+    Fault("lost-sign", "the size of a negative gradient grows with it", "(tl.abs(gradient) + EPS) * sign", "(tl.abs(gradient) + EPS)"),
+    Fault("swapped-gates", "the input gate's weights are the forget gate's", "i += h * _row(weight_hh, 4 * j, W", "i += h * _row(weight_hh, 4 * j + 1, W"),
+    Fault("lost-cell", "the gradient of a cell is that by its own output", "of_c += of_h * o *", "of_c = of_h * o *"),
+    Fault("not-forgotten", "the gradient of the cell before does not pass the forget gate", "of_c *= f", "of_c *= 1.0"),
+    Fault("cell-after", "the forget gate's gradient has the cell after the step", "of_c * c * f * (1 - f)", "of_c * squashed * f * (1 - f)"),
+    Fault("one-gate-back", "h has no gradient by the output gate", "of_h += _unit(flow + 3 * TILE, j", "of_h += 0.0 * _unit(flow + 3 * TILE, j"),
+    Fault("other-gate", "the recurrent weights of a gate have another one's gradient", "tl.sum(below * of_f, 0)", "tl.sum(below * of_g, 0)"),
+    Fault("steps-forward", "the backward goes through the steps from the first to the last", "t = T - 1 - step", "t = step"),
+]
+
 
 # ---- running them ----------------------------------------------------------------------------------------------------------------------
 
@@ -323,6 +371,10 @@ def tensors_of_lrua(case) -> list[str]:
     return [*results[case.name], *(f"gradient of {name}" for name, x in test_gpu_lrua_memory.inputs(case)[0].items() if x.requires_grad)]
 
 
+def tensors_of_coordinates(case) -> list[str]:
+    return ["result", *(f"gradient of {name}" for name, x in test_gpu_coordinate_generator.inputs(case)[0].items() if x.requires_grad)]
+
+
 class Kernels(NamedTuple):
     backend: str
     faults: list[Fault]
@@ -340,6 +392,8 @@ KERNELS = {
                       functools.partial(triton_kernels, "cosine_attention"), test_gpu_kernels, tensors_of_attention),
     "lrua-triton": Kernels("triton", LRUA_TRITON, (emulation.ROOT / "fastmeta/triton/lrua_memory.py").read_text, emulation.triton_is_missing,
                            functools.partial(triton_kernels, "lrua_memory"), test_gpu_lrua_memory, tensors_of_lrua),
+    "coordinate-triton": Kernels("triton", COORDINATE_TRITON, (emulation.ROOT / "fastmeta/triton/coordinate_generator.py").read_text, emulation.triton_is_missing,
+                                 functools.partial(triton_kernels, "coordinate_generator"), test_gpu_coordinate_generator, tensors_of_coordinates),
     "mann": Kernels("cpp", MANN, functools.partial(with_headers, emulation.ROOT / "csrc/cuda/mann_episode.cu"), emulation.cuda_is_missing, cuda_kernels,
                     test_gpu_mann, tensors_of_mann)}
 

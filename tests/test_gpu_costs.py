@@ -9,6 +9,7 @@ from pathlib import Path
 import emulation
 import pytest
 import torch
+from test_gpu_coordinate_generator import Case, inputs
 
 from fastmeta import functional, reference
 
@@ -24,6 +25,7 @@ CALLS = [*itertools.product(BACKENDS, OPERATIONS, SHAPES, ["float32"]), *itertoo
 of_calls = pytest.mark.parametrize("compiler, operation, shape, dtype", CALLS, indirect=["compiler"],
                                    ids=lambda value: "x".join(map(str, value)) if isinstance(value, tuple) else value)
 with_cuda = pytest.mark.parametrize("compiler", ["cuda"], indirect=True)
+of_triton = pytest.mark.parametrize("compiler", ["triton"], indirect=True)
 of_directions = pytest.mark.parametrize("direction", DIRECTIONS)
 
 
@@ -196,6 +198,32 @@ def test_command_of_mann(compiler, monkeypatch, capsys, tmp_path):
     assert sum("(3, 2, 5, 6, 7, 2, 2)" in line for line in lines) == 4
     found = json.loads((tmp_path / "costs.json").read_text())
     assert [(c["operation"], c["direction"]) for c in found] == list(itertools.product(("mann_episode", "lrua_step"), DIRECTIONS))
+
+
+# ---- Meta Networks -----------------------------------------------------------------------------------------------------------------------
+
+
+@of_triton
+@pytest.mark.parametrize("name, steps", [("coordinate_mlp", ()), ("coordinate_lstm", (5,))])
+def test_generators(compiler, name, steps):
+    """Of the published width: one launch forward, two backward, that do not spill; scratch, in bytes, which does not grow with M."""
+    class Counting(gpu_costs.Triton):
+        scratch = 0
+
+        def allocated(self, address, size):
+            self.scratch += size
+
+    planned, scratch = [], []
+    for coordinates in (5 * 152_448, 10 * 152_448):
+        tensors, _ = inputs(Case(name, (*steps, coordinates, 20)))
+        with emulation.emulated("triton", Counting()) as run:
+            result = getattr(functional, name)(*tensors.values())
+            gradients = torch.autograd.grad(result.sum(), tuple(tensors.values()))
+        planned.append([launch.kernel for launch in run.planned])
+        scratch.append(run.scratch - sum(t.numel() * t.element_size() for t in (result, *gradients)))
+    assert len(planned[0]) == 3 and planned[0] == planned[1]
+    assert scratch[0] == scratch[1] <= {"coordinate_mlp": 9e6, "coordinate_lstm": 40e6}[name]
+    assert not {launch.kernel: r for launch in run.planned for architecture in ARCHITECTURES if (r := launch.resources(architecture)).spills}
 
 
 # ---- that it counts right ----------------------------------------------------------------------------------------------------------------

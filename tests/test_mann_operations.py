@@ -63,7 +63,8 @@ def call(functions, name, tensors, options):
     if name == "mann_episode":
         return episode(functions, *tensors.values(), **options)
     keywords = {key: tensors.pop(key) for key in ("strength",) if key in tensors}
-    return getattr(functions, name)(*tensors.values(), **keywords, **options)
+    results = getattr(functions, name)(*tensors.values(), **keywords, **options)
+    return (results,) if isinstance(results, torch.Tensor) else results
 
 
 def differentiable_results(name, results):

@@ -13,7 +13,7 @@ from .lrua_memory import lrua_step, lrua_write, memory_read
 from .mann_episode import mann_episode
 
 OPERATIONS = (cosine_attention, matching_log_probs, memory_read, lrua_write, lrua_step, mann_episode, coordinate_mlp, coordinate_lstm, augmented_pool)
-IN_TRITON = (cosine_attention, matching_log_probs, memory_read, lrua_write, lrua_step)
+IN_TRITON = (cosine_attention, matching_log_probs, memory_read, lrua_write, lrua_step, coordinate_mlp, coordinate_lstm)
 
 
 def _in_triton(name: str):
@@ -28,4 +28,5 @@ for _operation in IN_TRITON if _backend.missing_triton is None else ():
     _operation.define(_backend.NAMESPACES["triton"], {name: _in_triton(name) for name in (_operation.name, _operation.name + "_backward")})
 _backend.find_kernels([operation.name for operation in OPERATIONS])
 
-__all__ = ["OPERATIONS", "augmented_pool", "coordinate_lstm", "coordinate_mlp", "cosine_attention", "lrua_step", "lrua_write", "mann_episode", "matching_log_probs", "memory_read"]
+__all__ = ["OPERATIONS", "augmented_pool", "coordinate_lstm", "coordinate_mlp", "cosine_attention", "lrua_step", "lrua_write", "mann_episode",
+           "matching_log_probs", "memory_read"]
