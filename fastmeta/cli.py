@@ -70,13 +70,14 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("evaluate", help="accuracy of checkpoints on test classes, with its 95%% interval")
     evaluate.add_argument("checkpoint", type=Path, nargs="+", help="checkpoint.pt, or the folder of a run")
-    evaluate.add_argument("--way", type=int, default=argparse.SUPPRESS, help="matching: classes of an episode (default: 5)")
-    evaluate.add_argument("--shot", type=int, default=argparse.SUPPRESS, help="matching: supports of each class (default: 1)")
-    evaluate.add_argument("--queries", type=int, default=argparse.SUPPRESS, help="matching: queries of each class (default: 15)")
-    evaluate.add_argument("--classes", type=int, default=argparse.SUPPRESS, help="mann: classes of an episode (default: as in training)")
-    evaluate.add_argument("--presentations", type=int, default=argparse.SUPPRESS,
-                          help="mann: images of each class (default: as in training)")
-    evaluate.add_argument("--plot", type=Path, metavar="PNG", help="mann: the learning curve, and accuracy by presentation")
+    task = dict(type=int, default=argparse.SUPPRESS)
+    evaluate.add_argument("--way", **task, help="matching, metanet: classes of an episode (default: 5; metanet: as in training, no other)")
+    evaluate.add_argument("--shot", **task, help="matching, metanet: supports of each class (default: 1; metanet: as in training)")
+    evaluate.add_argument("--queries", **task, help="matching, metanet: queries of each class (default: 15)")
+    evaluate.add_argument("--classes", **task, help="mann: classes of an episode (default: as in training)")
+    evaluate.add_argument("--presentations", **task, help="mann: images of each class (default: as in training)")
+    evaluate.add_argument("--plot", type=Path, metavar="PNG",
+                          help="the learning curve, and what queries of an episode attend to; mann: accuracy by presentation, of all checkpoints")
     evaluate.add_argument("--episodes", type=int, default=1000, help="(default: %(default)s)")
     evaluate.add_argument("--seed", type=_seed, default=0, help="decides the episodes (default: %(default)s)")
     evaluate.add_argument("--data", choices=data.SETS, help="(default: what it was trained on)")
@@ -173,44 +174,57 @@ def _train(options: argparse.Namespace) -> int:
     return 128 + stopped if stopped else 0
 
 
+# What `evaluate` can be told of its episodes.
+_FEW_SHOT_TASK, _MANN_TASK = ("way", "shot", "queries"), ("classes", "presentations")
+
+
 def _evaluate(options: argparse.Namespace) -> int:
-    from .training import MANNConfig, load_model
+    from .training import load_model
+    from .training.models import run_of
+    runs = [(path, *load_model(path, options.layers)) for path in options.checkpoint]
+    names = [run_of(config).name for _, _, config in runs]
     if options.plot:
         from .training.curves import check_picture, draw_curves
         check_picture(options.plot)
-    runs = [(path, *load_model(path, options.layers)) for path in options.checkpoint]
+        if len(runs) > 1 and set(names) != {"mann"}:
+            raise ValueError(f"--plot draws one run, or several of mann; got {', '.join(names)}")
     curves = {}
-    for path, model, config in runs:
-        own, other = (_MANN_TASK, _MATCHING_TASK) if isinstance(config, MANNConfig) else (_MATCHING_TASK, _MANN_TASK)
-        strangers = [name for name in other if getattr(options, name, None) is not None]
+    for name, (path, model, config) in zip(names, runs):
+        strangers = [task for task in (_FEW_SHOT_TASK if name == "mann" else _MANN_TASK) if hasattr(options, task)]
         if strangers:
-            raise ValueError(f"--{strangers[0]} has no meaning for {path}: it holds {'MANN' if own is _MANN_TASK else 'a Matching Network'}")
+            raise ValueError(f"--{strangers[0]} has no meaning for {path}: it holds {name}")
         test = _load_data(options.data or config.data, options).test
         if options.test_rotations:
             test = test.rotated()
         if len(runs) > 1:
             print(path)
-        if own is _MANN_TASK:
+        if name == "mann":
             curves[path] = _evaluate_mann(model, config, test, options)
         else:
-            _evaluate_matching(model, test, options)
+            _evaluate_few_shot(path, name, model, config, test, options)
     if options.plot:
-        draw_curves(options.plot, curves)
+        if curves:
+            draw_curves(options.plot, curves)
         print(f"{options.plot} written")
     return 0
 
 
-_MATCHING_TASK, _MANN_TASK = ("way", "shot", "queries"), ("classes", "presentations", "plot")
-
-
-def _evaluate_matching(model, test, options: argparse.Namespace) -> None:
+def _evaluate_few_shot(path: Path, name: str, model, config, test, options: argparse.Namespace) -> None:
     from .training import evaluate, evaluate_pixels
-    task = {"way": 5, "shot": 1, "queries": 15} | {name: getattr(options, name) for name in _MATCHING_TASK if hasattr(options, name)}
-    print(f"{task['way']}-way {task['shot']}-shot, {task['queries']} queries a class, {len(test.names)} unseen classes, seed {options.seed}")
+    way, shot = (config.way, config.shot) if name == "metanet" else (5, 1)
+    task = {"way": way, "shot": shot, "queries": 15} | {field: getattr(options, field) for field in _FEW_SHOT_TASK if hasattr(options, field)}
+    way, shot = task["way"], task["shot"]
+    print(f"{way}-way {shot}-shot, {task['queries']} queries a class, {len(test.names)} unseen classes, seed {options.seed}", flush=True)
     task |= dict(episodes=options.episodes, seed=options.seed)
-    print(f"matching network   {evaluate(model, test, **task)}", flush=True)
+    accuracy = evaluate(model, test, **task, progress=True)
+    print(f"{'meta' if name == 'metanet' else name} network".ljust(19) + str(accuracy), flush=True)
     if options.baseline:
         print(f"nearest in pixels  {evaluate_pixels(test, **task)}")
+    if options.plot:
+        from .training.curves import draw_few_shot
+        # of many supports the picture could show little
+        draw_few_shot(options.plot, path, test, [f"{way}-way {shot}-shot, unseen: {100 * accuracy.mean:.1f} ± {100 * accuracy.interval:.1f}%"],
+                      way=way, shot=max(1, min(shot, 20 // way)), seed=options.seed)
 
 
 def _evaluate_mann(model, config, test, options: argparse.Namespace):

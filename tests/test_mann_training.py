@@ -267,7 +267,7 @@ def test_train_and_evaluate_on_the_command_line(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["evaluate", "RUN", "--way", "5"], "--way has no meaning for RUN: it holds MANN"),
+    (["evaluate", "RUN", "--way", "5"], "--way has no meaning for RUN: it holds mann"),
     (["evaluate", "RUN", "--classes", "4"], "--classes must be 3, as in training: one-hot labels have a place for each class"),
     (["evaluate", "RUN", "--presentations", "30"], "sequences: 30 presentations need as many images a class, class 0 has 20"),
     (["evaluate", "RUN", "--plot", "x.txt"], "x.txt: a picture ends in .png, .pdf or .svg"),

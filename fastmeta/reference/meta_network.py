@@ -183,13 +183,16 @@ class MetaNetwork(nn.Module):
         gradients = torch.func.grad(learner.loss)(dict(learner.named_parameters()), images, labels)
         return gradients if self.second_order else {name: gradient.detach() for name, gradient in gradients.items()}
 
-    def episode(self, support: Tensor, labels: Tensor, query: Tensor) -> Tensor:
-        """``[N, ...], [N], [Q, ...] -> [Q, C]``: the three steps above."""
+    def generate_embedding(self, support: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Q* of ``[N, ...], [N]``: step 1."""
         steps = min(self.embedding_steps, len(support))
         gradients = [self.gradient(self.embedding, x, y) for x, y in zip(support.tensor_split(steps), labels.tensor_split(steps))]
-        embedding_fast = self.embedding_generator({name: torch.stack([gradient[name] for gradient in gradients])
-                                                   for name in gradients[0] if name != "output.weight"})
+        return self.embedding_generator({name: torch.stack([gradient[name] for gradient in gradients])
+                                         for name in gradients[0] if name != "output.weight"})
 
+    def episode(self, support: Tensor, labels: Tensor, query: Tensor) -> Tensor:
+        """``[N, ...], [N], [Q, ...] -> [Q, C]``: the three steps above."""
+        embedding_fast = self.generate_embedding(support, labels)
         memory, keys = [], []
         for x, y in zip(support.split(1), labels.split(1)):
             memory.append(self.base_generator(self.gradient(self.base, x, y)))

@@ -1,10 +1,10 @@
-"""``fastmeta demo``: a Matching Network, or MANN, from nothing to a picture, in a few minutes on two cores."""
+"""``fastmeta demo``: a Matching Network, MANN, or a Meta Network, from nothing to a picture, in a few minutes on two cores."""
 
-import json
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,18 +13,20 @@ from torch import Tensor
 from .. import _backend, data, functional, reference
 from .. import nn as fast
 from ..data import Episodes, Sequences
-from .curves import chance, check_picture, draw_curves
-from .evaluation import (Accuracy, evaluate, evaluate_pixels, evaluate_presentations, evaluate_presentations_pixels,
-                         sequence_logits)
+from .curves import chance, check_picture, draw_curves, draw_few_shot
+from .evaluation import evaluate, evaluate_pixels, evaluate_presentations, evaluate_presentations_pixels, sequence_logits
 from .mann import MANNConfig
 from .matching import MatchingConfig
-from .models import load_model, train
+from .metanet import MetaNetConfig
+from .models import build, load_model, train
 
 # Small enough for three minutes on two cores that have other work as well.
 CONFIG = MatchingConfig(way=20, shot=1, queries=4, steps=500, channels=32, validation_classes=100, eval_every=50)
 TESTS = ((5, 1000), (20, 400))  # way, episodes
 MANN_CONFIG = MANNConfig(steps=4000, strength="learned", rotations=True)
 MANN_EPISODES = 400
+METANET_CONFIG = MetaNetConfig(steps=450, channels=32, validation_classes=100, eval_every=150)
+METANET_TESTS = ((5, 400),)
 SEED = 1  # of the test episodes and of the pictured one: the first that it gives, not the best
 
 
@@ -32,7 +34,7 @@ def demo(model: str, picture: Path) -> int:
     """Train ``model`` on the glyphs, test on unseen ones, time the layers, write ``picture``; returns 0, or 128 + the signal that stopped it."""
     started = time.perf_counter()
     check_picture(picture)  # now, not after the training
-    stopped = {"matching": _demo_matching, "mann": _demo_mann}[model](picture)
+    stopped = {"matching": _demo_matching, "mann": _demo_mann, "metanet": _demo_metanet}[model](picture)
     if stopped:
         return 128 + stopped
     print(f"\n{picture} written; {time.perf_counter() - started:.0f} s in all")
@@ -53,30 +55,35 @@ def _announce_race(text: str) -> None:
         print(f"(the compiled kernels are missing, so fast is the reference too: {_backend.missing})")
 
 
-def _demo_matching(picture: Path) -> int:
-    split = _load(CONFIG.validation_classes, f"{CONFIG.way}-way {CONFIG.shot}-shot episodes")
+def _demo_few_shot(config, title: str, tests: tuple[tuple[int, int], ...], race: Callable[[data.Split], None],
+                   pictured: dict[str, int], picture: Path) -> int:
+    """``tests``: way, episodes; ``race`` prints its lines; ``pictured``: way and shot of the episode in the picture."""
+    split = _load(config.validation_classes, f"{config.way}-way {config.shot}-shot episodes")
     with tempfile.TemporaryDirectory() as folder:
-        stopped = train(CONFIG, split, Path(folder))
+        stopped = train(config, split, Path(folder))
         if stopped:
             return stopped
         model, _ = load_model(Path(folder))
-        log = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
 
-    print(f"\nunseen characters                 {'matching network':<34}nearest in pixels")
-    results = {}
-    for way, episodes in TESTS:
-        task = dict(way=way, shot=1, queries=15, episodes=episodes, seed=SEED)
-        results[way] = evaluate(model, split.test, **task), evaluate_pixels(split.test, **task)
-        print(f"{way:>2}-way 1-shot                      {str(results[way][0]):<34}{results[way][1]}", flush=True)
-
-    _announce_race("the matching head")
-    for episodes in (1, 32):
-        slow, quick = _race(episodes)
-        shape = f"{episodes}x {CONFIG.way}-way, {CONFIG.way * CONFIG.queries} queries, {CONFIG.channels} features"
-        print(f"{shape:<58}{1e3 * slow:8.3f} ms{1e3 * quick:8.3f} ms   {slow / quick:.1f}x", flush=True)
-
-    _draw(picture, model, split, log, results)
+        print(f"\nunseen characters                 {title:<34}nearest in pixels")
+        results = []
+        for way, episodes in tests:
+            task = dict(way=way, shot=1, queries=15, episodes=episodes, seed=SEED)
+            ours, pixels = evaluate(model, split.test, **task, progress=True), evaluate_pixels(split.test, **task)
+            print(f"{way:>2}-way 1-shot                      {str(ours):<34}{pixels}", flush=True)
+            results.append(f"test, {way}-way: {100 * ours.mean:.1f} ± {100 * ours.interval:.1f}%, pixels {100 * pixels.mean:.1f}%")
+        race(split)
+        draw_few_shot(picture, Path(folder), split.test, results, **pictured, seed=SEED)
     return 0
+
+
+def _demo_matching(picture: Path) -> int:
+    return _demo_few_shot(CONFIG, "matching network", TESTS, _race_heads, dict(way=5, shot=2), picture)
+
+
+def _demo_metanet(picture: Path) -> int:
+    pictured = dict(way=METANET_CONFIG.way, shot=METANET_CONFIG.shot)
+    return _demo_few_shot(METANET_CONFIG, "meta network", METANET_TESTS, _race_updates, pictured, picture)
 
 
 def _demo_mann(picture: Path) -> int:
@@ -97,8 +104,7 @@ def _demo_mann(picture: Path) -> int:
 
         _announce_race("an episode of MANN")
         for episodes in (1, config.episodes_per_batch):
-            slow, quick = _race_episodes(config, split, episodes)
-            print(f"{f'{episodes}x {steps} steps':<58}{1e3 * slow:8.1f} ms{1e3 * quick:8.1f} ms   {slow / quick:.1f}x", flush=True)
+            _print_race(f"{episodes}x {steps} steps", *_race_episodes(config, split, episodes), digits=1)
         draw_curves(picture, {Path(folder): (config, columns)})
     return 0
 
@@ -114,18 +120,39 @@ def _in_turns(slow: Callable[[], object], quick: Callable[[], object], warm: int
     return tuple(statistics.median(times) for times in zip(*pairs[warm:]))
 
 
-def _race(episodes: int) -> tuple[float, float]:
+def _print_race(shape: str, slow: float, quick: float, digits: int) -> None:
+    print(f"{shape:<58}{1e3 * slow:8.{digits}f} ms{1e3 * quick:8.{digits}f} ms   {slow / quick:.1f}x", flush=True)
+
+
+def _race_heads(split: data.Split) -> None:
     """The reference and the fast head on the demo's episodes."""
+    _announce_race("the matching head")
     generator = torch.Generator().manual_seed(0)
     way, shape = CONFIG.way, (CONFIG.way * CONFIG.queries, CONFIG.channels)
-    query = torch.rand(episodes, *shape, generator=generator).requires_grad_()
-    support = torch.rand(episodes, way, shape[1], generator=generator).requires_grad_()
-    labels = torch.arange(way).expand(episodes, way)
+    for episodes in (1, 32):
+        query = torch.rand(episodes, *shape, generator=generator).requires_grad_()
+        support = torch.rand(episodes, way, shape[1], generator=generator).requires_grad_()
+        labels = torch.arange(way).expand(episodes, way)
 
-    def call(head: Callable[..., Tensor]):
-        return lambda: torch.autograd.grad(head(query, support, labels, way, scale=CONFIG.scale).sum(), (query, support))
+        def call(head: Callable[..., Tensor]):
+            return lambda: torch.autograd.grad(head(query, support, labels, way, scale=CONFIG.scale).sum(), (query, support))
 
-    return _in_turns(call(reference.matching_log_probs), call(functional.matching_log_probs), warm=10, rounds=60)
+        _print_race(f"{episodes}x {way}-way, {shape[0]} queries, {shape[1]} features",
+                    *_in_turns(call(reference.matching_log_probs), call(functional.matching_log_probs), warm=10, rounds=60), digits=3)
+
+
+def _race_updates(split: data.Split) -> None:
+    """The reference and the fast Meta Network on the first episode of the demo."""
+    _announce_race("a Meta Network")
+    config = METANET_CONFIG
+    episode = Episodes(split.train.images, split.train.labels, way=config.way, shot=config.shot, queries=config.queries)[0]
+
+    def call(layers: str):
+        model = build(replace(config, layers=layers))
+        return lambda: model(episode.support, episode.support_labels, episode.query).sum().backward()
+
+    _print_race(f"{config.way}-way {config.shot}-shot, {len(episode.query)} queries, {config.channels} channels",
+                *_in_turns(call("reference"), call("fast"), warm=1, rounds=3), digits=1)
 
 
 def _race_episodes(config: MANNConfig, split: data.Split, episodes: int) -> tuple[float, float]:
@@ -137,63 +164,3 @@ def _race_episodes(config: MANNConfig, split: data.Split, episodes: int) -> tupl
         return lambda: sequence_logits(model, batch, config.classes).sum().backward()
 
     return _in_turns(call(reference), call(fast), warm=1, rounds=5)
-
-
-@torch.no_grad()
-def _attention(model, episode) -> Tensor:
-    """``[Q, S]``, what each query gives to each support: the attention's output when the value of a support is its own unit vector."""
-    support, query = model.features(episode.support, episode.query, 0)
-    return functional.cosine_attention(query, support, torch.eye(len(support)), **model.attention.options())
-
-
-def _draw(picture: Path, model, split: data.Split, log: list[dict], results: dict[int, tuple[Accuracy, Accuracy]]) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
-
-    way, shot = 5, 2
-    episode = Episodes(split.test.images, split.test.labels, way=way, shot=shot, queries=1, seed=SEED)[0]
-    attention = _attention(model, episode)
-    order = episode.support_labels.argsort(stable=True)
-    supports, attention = episode.support[order], attention[:, order]
-
-    figure = Figure(figsize=(12.5, 5.2), dpi=140, layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subfigures(1, 2, width_ratios=(1.5, 1))
-
-    left.suptitle("Five unseen characters, two examples of each: where a query looks", fontsize=11)
-    grid = left.subplots(way + 1, way * shot + 1, gridspec_kw={"wspace": .02, "hspace": .02})
-    for axes in grid.flat:
-        axes.set(xticks=[], yticks=[])
-        axes.spines[:].set_visible(False)
-    for column, image in enumerate(supports, 1):
-        grid[0, column].imshow(1 - image[0].numpy(), cmap="gray", vmin=0, vmax=1)
-    for row, (image, weights, label) in enumerate(zip(episode.query, attention, episode.query_labels), 1):
-        grid[row, 0].imshow(1 - image[0].numpy(), cmap="gray", vmin=0, vmax=1)
-        for column, weight in enumerate(weights.tolist(), 1):
-            axes = grid[row, column]
-            axes.imshow([[weight]], cmap="Blues", vmin=0, vmax=1)
-            axes.text(0, 0, f"{weight:.2f}", ha="center", va="center", fontsize=9, color="white" if weight > .5 else "0.25")
-            if (column - 1) // shot == label:
-                axes.add_patch(Rectangle((0, 0), 1, 1, transform=axes.transAxes, fill=False, edgecolor="#D55E00", linewidth=2.5))
-    grid[0, 0].text(.5, .5, "support →\nquery ↓", ha="center", va="center", fontsize=8, transform=grid[0, 0].transAxes)
-    left.supxlabel("number: attention weight (a row sums to 1); orange: the query's own class", fontsize=9)
-
-    axes = right.subplots()
-    lines = [line for line in log if "loss" in line]
-    # Means over twenty lines of the log: one episode of 80 queries is too coarse for a curve.
-    groups = [lines[i:i + 20] for i in range(0, len(lines), 20)]
-    axes.plot([group[-1]["step"] for group in groups], [100 * statistics.mean(line["accuracy"] for line in group) for group in groups],
-              color="0.6", label="training episodes")
-    pixels = evaluate_pixels(split.validation, way=CONFIG.way, shot=CONFIG.shot, queries=CONFIG.queries, episodes=200, seed=SEED)
-    held_out = [(line["step"], 100 * line["validation"]) for line in log if "validation" in line]
-    axes.plot(*zip(*held_out), "o-", color="#0072B2", label="held-out characters")
-    axes.axhline(100 * pixels.mean, color="#D55E00", linestyle="--", label="held-out, nearest in pixels")
-    axes.set(title=f"Learning curve, {CONFIG.way}-way {CONFIG.shot}-shot", xlabel="training episodes", ylabel="accuracy (%)",
-             ylim=(0, 100), xlim=(0, CONFIG.steps))
-    axes.grid(alpha=.3)
-    axes.legend(loc="lower right", title="\n".join(
-        f"test, {way}-way: {100 * ours.mean:.1f} ± {100 * ours.interval:.1f}%, pixels {100 * theirs.mean:.1f}%"
-        for way, (ours, theirs) in results.items()))
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture)

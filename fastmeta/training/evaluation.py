@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from ..data import Episodes, LabelledImages
 from ..data.sequences import Sequence, Sequences, label_vectors
 from ..reference import MetaNetwork
+from .progress import Progress
 
 CHUNK = 500  # images that go through the embedding at once
 BATCH = 16  # episodes that go through the head, or MANN, at once
@@ -47,28 +49,34 @@ def _embedded(model: nn.Module, images: Tensor) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, data: LabelledImages, *, way: int, shot: int, queries: int, episodes: int, seed: int = 0) -> Accuracy:
+def evaluate(model: nn.Module, data: LabelledImages, *, way: int, shot: int, queries: int, episodes: int, seed: int = 0,
+             progress: bool = False) -> Accuracy:
     """Accuracy of a :class:`fastmeta.nn.MatchingNetwork` or :class:`fastmeta.nn.MetaNetwork` on ``episodes`` episodes of ``data``.
 
     Nothing is trained on them. In a Matching Network, batch normalisation uses the statistics of training, so an image's features do not
     depend on its episode: each image is embedded once, and the episodes are drawn from the features. (Statistics of the test episode
     itself would be transductive.) A Meta Network embeds with weights of the episode. It has an output for each class, so that ``way`` must be
-    that of the training: ``ValueError``.
+    that of the training: ``ValueError``. ``progress``: say on stderr how far it is, if it takes long.
     """
     meta, training = isinstance(model, MetaNetwork), model.training
     if meta and way != model.num_classes:
         raise ValueError(f"way must be {model.num_classes}, as in training, got {way}: a Meta Network has an output for each class")
-    size = 1 if meta else BATCH
+    size = 1 if meta else BATCH  # an episode of a Meta Network is work enough, and several of them leave the cache
+    shown = Progress("episode", episodes, quiet=5, file=sys.stderr, enabled=progress)
     model.eval()
     try:
         with contextlib.nullcontext(data.images) if meta else _embedded(model, data.images) as items:
             drawn = Episodes(items, data.labels, way=way, shot=shot, queries=queries, seed=seed, length=episodes)
-            correct = []
+            correct, right = [], 0
             for start in range(0, episodes, size):
                 batch = drawn.batch(range(start, min(start + size, episodes)))
                 predicted = model(batch.support, batch.support_labels, batch.query).argmax(-1)
                 correct.append(predicted == batch.query_labels)
+                done = start + len(predicted)
+                right += correct[-1].sum().item()
+                shown.show(done, f"accuracy {100 * right / (done * way * queries):5.1f}%")
     finally:
+        shown.end()
         model.train(training)
     return _accuracy(torch.cat(correct))
 

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import nll_loss
 
+from ..data import Episode
+from ..reference import cosine_attention
 from .run import LAYERS, Run, check_config
 
 ENCODERS = {"conv4": "Conv4"}  # the name on the command line, and the layer's
@@ -75,6 +77,13 @@ class MatchingRun(Run):
     name = "matching"
 
     build_model = staticmethod(build)
+
+    @staticmethod
+    @torch.no_grad()
+    def attention(model: nn.Module, episode: Episode) -> Tensor:
+        """``[Q, S]``, what each query gives to each support: the attention's output when the value of a support is its own unit vector."""
+        support, query = model.features(episode.support, episode.query, 0)
+        return cosine_attention(query, support, torch.eye(len(support)), **model.attention.options())
 
     def accumulate(self, numbers: range) -> Tensor:
         config = self.config

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from ..data import Episode
+from ..reference import cosine_attention
+from ..reference.meta_network import COSINE
 from .run import LAYERS, Run, check_config
 
 
@@ -55,6 +58,14 @@ class MetaNetRun(Run):
     name = "metanet"
 
     build_model = staticmethod(build)
+
+    @staticmethod
+    @torch.no_grad()
+    def attention(model: nn.Module, episode: Episode) -> Tensor:
+        """``[Q, S]``, what each query reads of the fast weights of each support, a_i of the algorithm; ``model`` is one of reference layers."""
+        fast = model.generate_embedding(episode.support, episode.support_labels)
+        support, query = (model.embedding.key(images, fast) for images in (episode.support, episode.query))
+        return cosine_attention(query, support, torch.eye(len(support)), **COSINE)
 
     def accumulate(self, numbers: range) -> Tensor:
         batch = self.episodes.batch(numbers)

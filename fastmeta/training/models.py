@@ -21,17 +21,18 @@ MODELS = {each.name: Model(config, each) for config, each in ((matching.Matching
                                                              (metanet.MetaNetConfig, metanet.MetaNetRun))}
 
 
-def _run_of(config) -> type[run.Run]:
+def run_of(config) -> type[run.Run]:
+    """The model that this is a configuration of."""
     return next(model.run for model in MODELS.values() if model.config is type(config))
 
 
 def build(config) -> nn.Module:
     """The untrained network of a configuration of one of the models, its weights drawn from the seed."""
-    return _run_of(config).build_model(config)
+    return run_of(config).build_model(config)
 
 
 def train(config, data: Split, out: Path, *, resume: bool = False, checkpoint_every: int = 200) -> int:
-    return run.train(_run_of(config), config, data, out, resume=resume, checkpoint_every=checkpoint_every)
+    return run.train(run_of(config), config, data, out, resume=resume, checkpoint_every=checkpoint_every)
 
 
 train.__doc__ = run.train.__doc__

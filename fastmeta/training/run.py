@@ -8,7 +8,6 @@ import json
 import math
 import os
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -25,6 +24,7 @@ from ..data import Episodes, LabelledImages, Split
 from ..data.cache import atomic_write
 from .checkpoint import load_checkpoint, save_checkpoint
 from .evaluation import evaluate
+from .progress import Progress
 
 LAYERS = {"fast": fast, "reference": reference}
 
@@ -169,7 +169,7 @@ class Run:
     def train(self, checkpoint_every: int) -> int:
         config, first, before = self.config, self.step, self.seconds
         started = time.perf_counter() - before
-        progress = _Progress(config, self.step, enabled=self.rank == 0)
+        progress = Progress("step", config.steps, done=self.step, episodes=config.episodes_per_batch, enabled=self.rank == 0)
         with _Signals() as signals, open(self.out / "log.jsonl" if self.rank == 0 else os.devnull, "a") as log:
             while self.step < config.steps:
                 stop = self._train_step(signals.received)
@@ -178,7 +178,7 @@ class Run:
                     line = self.line((self.window[:-1] / self.window[-1]).tolist())
                     self.window.zero_()
                     print(json.dumps({"step": self.step, **line, "seconds": round(self.seconds, 1)}), file=log, flush=True)
-                    progress.show(self.step, line["loss"], line["accuracy"])
+                    progress.show(self.step, f"loss {line['loss']:.4f}  accuracy {100 * line['accuracy']:5.1f}%")
                 if config.eval_every and self.step % config.eval_every == 0 and self.rank == 0:
                     validation, words = self.validate()
                     print(json.dumps({"step": self.step, "validation": validation}), file=log, flush=True)
@@ -234,26 +234,3 @@ class _Signals:
     def __exit__(self, *exception) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
-
-
-class _Progress:
-    """One line that is written over on a terminal; about twenty-five lines otherwise."""
-
-    def __init__(self, config, step: int, enabled: bool):
-        self.config, self.first, self.enabled = config, step, enabled
-        self.started, self.tty = time.perf_counter(), sys.stdout.isatty()
-        self.printed = step
-
-    def show(self, step: int, loss: float, accuracy: float) -> None:
-        if not self.enabled or not (self.tty or step == self.config.steps or step - self.printed >= self.config.steps / 25):
-            return
-        self.printed = step
-        rate = (step - self.first) / (time.perf_counter() - self.started)
-        left = round((self.config.steps - step) / rate)
-        print(f"{chr(13) if self.tty else ''}step {step}/{self.config.steps}  loss {loss:.4f}  accuracy {100 * accuracy:5.1f}%  "
-              f"{rate * self.config.episodes_per_batch:.1f} episodes/s  {left // 60}:{left % 60:02d} left ",
-              end="" if self.tty else "\n", flush=True)
-
-    def note(self, text: str) -> None:
-        if self.enabled:
-            print(f"{chr(10) if self.tty else ''}{text}", flush=True)
