@@ -15,8 +15,6 @@ from multiprocessing import get_context
 import torch
 from torch import Tensor
 
-TOLERANCE = 1e-4  # largest error of a float32 peer against float64, relative to the largest value
-
 
 class Absent(Exception):
     """Raised by a peer's builder where the peer does not take part; the message says why."""
@@ -59,7 +57,8 @@ class Race:
     It makes its tensors on torch's default device, which is ``device``.
 
     ``truth`` names, for a peer, the peer that computes the same function and is to be trusted in float64; ``mark`` is how many times
-    faster than the best peer the first peer has to be. ``size`` is roughly how many multiplications a call takes.
+    faster than the best peer the first peer has to be. ``size`` is roughly how many multiplications a call takes. ``tolerance`` is the
+    largest error of a float32 peer against float64, relative to the largest value.
     """
 
     operation: str
@@ -72,6 +71,7 @@ class Race:
     size: int
     mark: float | None = None
     device: str = "cpu"
+    tolerance: float = 1e-4
 
     def call(self, peer: str, dtype: torch.dtype = torch.float32) -> Callable[[], tuple[Tensor, ...]]:
         with torch.device(self.device):
@@ -118,10 +118,10 @@ def run(race: Race, seconds: float, min_rounds: int, max_rounds: int = 200) -> d
         if truth not in truths:
             truths[truth] = race.call(truth, torch.float64)()
         result.error = relative_error(call(), truths[truth])
-        if result.error <= TOLERANCE:
+        if result.error <= race.tolerance:
             calls[peer] = call if race.device == "cpu" else captured(call)
         else:
-            result.failure = f"wrong by {result.error:.1e} against float64 (at most {TOLERANCE:.0e} is right)"
+            result.failure = f"wrong by {result.error:.1e} against float64 (at most {race.tolerance:.0e} is right)"
     truths.clear()
     for peer, (iterations, rounds) in take_turns(calls, seconds, min_rounds, max_rounds, timed if race.device == "cpu" else timed_on_gpu).items():
         results[peer].iterations, results[peer].rounds = iterations, rounds

@@ -93,6 +93,27 @@ def test_generators_against_float64(name, steps, size, width, dtype):
     compare(name, example(name, size, width, steps, dtype))
 
 
+@pytest.mark.parametrize("second_order", [False, True])
+@pytest.mark.parametrize("zeros", ["none but one", "a third", "half of the steps", "all"])
+@pytest.mark.parametrize("size", [5, 3 * BLOCK + 5])
+@pytest.mark.parametrize("name", [MLP, LSTM])
+def test_gradients_of_zero(name, size, zeros, second_order):
+    """Coordinates that all have the same result, in tiles and blocks with many, few or nothing else."""
+    tensors = example(name, size)
+    with torch.no_grad():
+        gradients = tensors["gradients"]
+        if zeros == "none but one":
+            gradients[..., size // 2] = 0
+        elif zeros == "a third":
+            gradients[..., torch.rand(size) < 1 / 3] = 0
+        elif zeros == "half of the steps":
+            gradients[torch.rand(gradients.shape) < 0.5] = -0.0
+        else:
+            gradients.zero_()
+    gradients.requires_grad_(second_order)
+    compare(name, tensors)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("size", [(1, 1, 1, 1), (2, 3, 2, 2), (2, 3, 7, 7), (1, 2, 5, 28), (3, 2, 28, 5), (2, 2, 1, 9), (2, 2, 9, 1), (0, 3, 4, 4),
                                   (3, 64, 14, 14), (2, 64, 28, 28)])

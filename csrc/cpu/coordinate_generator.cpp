@@ -5,6 +5,9 @@
 // weights, and all else is vector code over coordinates. The first input of every layer is 1 and the first column of its weights the bias. A
 // tile passes through all layers, and all steps of the LSTM, while it is in the cache; the backward does that again, on the tape of one tile.
 //
+// Units that did not fire leave gradients of exactly 0, a third of all in a new network and more in a trained one. To all such coordinates a
+// generator gives the same number: it is computed once, and in the backward they are one coordinate, with the sum of their gradients.
+//
 // A task is a block of kBlock coordinates and has sums of its own for the gradients of the weights. They are added up block by block, so
 // the bits of a result do not depend on the number of threads.
 
@@ -13,6 +16,7 @@
 #include <array>
 #include <cmath>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cpu/lstm.h"
@@ -36,11 +40,33 @@ template <typename T> FASTMETA_INLINE T log_size(T gradient) {
   return log_of(std::abs(gradient) + kEps<T>) / kPower<T>;
 }
 
-// Both channels of a tile, [2][kTile], of `count` gradients and zeros behind them.
-template <typename T> FASTMETA_INLINE void preprocess(const T* gradients, int64_t count, T* channels) {
+// ---- the coordinates of a tile -------------------------------------------------------------------------------------------------------
+
+constexpr int64_t kAllZero = -1;  // stands for all coordinates whose gradients are 0
+
+// Those of [begin, end) where one of the gradients [steps][coordinates] is not 0, or `all`; returns how many there are.
+template <typename T>
+FASTMETA_INLINE int64_t choose(const T* gradients, int64_t steps, int64_t coordinates, int64_t begin, int64_t end, bool all, int64_t* chosen) {
+  int64_t count = 0;
+  for (int64_t i = begin; i < end; ++i) {
+    bool zero = !all;
+    for (int64_t t = 0; t < steps; ++t) zero &= gradients[t * coordinates + i] == 0;
+    chosen[count] = i;
+    count += !zero;
+  }
+  return count;
+}
+
+// `from` at the chosen coordinates, `of_zero` for kAllZero, and zeros behind them.
+template <typename T> FASTMETA_INLINE void gather(const T* from, const int64_t* chosen, int64_t count, T of_zero, T* to) {
+  for (int64_t l = 0; l < count; ++l) to[l] = chosen[l] == kAllZero ? of_zero : from[chosen[l]];
+  std::fill_n(to + count, kTile<T> - count, T(0));
+}
+
+// Both channels of a tile, [2][kTile].
+template <typename T> FASTMETA_INLINE void preprocess(const T* gradients, const int64_t* chosen, int64_t count, T* channels) {
   T* sign = channels + kTile<T>;
-  std::copy_n(gradients, count, sign);
-  std::fill_n(sign + count, kTile<T> - count, T(0));
+  gather(gradients, chosen, count, T(0), sign);
 #pragma omp simd
   for (int l = 0; l < kTile<T>; ++l) {
     const T size = log_size(sign[l]), slope = sign[l] * kSlope<T>;
@@ -125,10 +151,16 @@ template <typename T> Tensor columns_of(const Layer<T>& layer, const T* grad, in
   return to.tensor();
 }
 
+// run(first, count) for every tile of `number` coordinates.
+template <typename T, typename Run> FASTMETA_INLINE void for_each_tile(int64_t number, const Run& run) {
+  for (int64_t at = 0; at < number; at += kTile<T>) run(at, std::min(kTile<T>, number - at));
+}
+
 // ---- the perceptron -------------------------------------------------------------------------------------------------------------------
 
 template <typename T> struct Mlp {
   static constexpr int kLayers = 3;
+  static constexpr int64_t steps = 1;
   int64_t coordinates, width;
   const T* gradients;
   std::array<Layer<T>, kLayers> layers;
@@ -149,8 +181,8 @@ template <typename T> struct MlpTape {
   }
 };
 
-template <typename T> FASTMETA_INLINE void forward_tile(const Mlp<T>& p, int64_t at, int64_t count, const MlpTape<T>& tape) {
-  preprocess(p.gradients + at, count, tape.inputs[0].get() + kTile<T>);
+template <typename T> FASTMETA_INLINE void forward_tile(const Mlp<T>& p, const int64_t* chosen, int64_t count, const MlpTape<T>& tape) {
+  preprocess(p.gradients, chosen, count, tape.inputs[0].get() + kTile<T>);
   for (int i = 0; i < p.kLayers; ++i) {
     const Layer<T>& layer = p.layers[i];
     T* y = i + 1 < p.kLayers ? tape.inputs[i + 1].get() + kTile<T> : tape.output.get();
@@ -161,26 +193,24 @@ template <typename T> FASTMETA_INLINE void forward_tile(const Mlp<T>& p, int64_t
   }
 }
 
-template <typename T> FASTMETA_INLINE void forward_block(const Mlp<T>& p, int64_t begin, int64_t end, T* result) {
+template <typename T> FASTMETA_INLINE void forward_chosen(const Mlp<T>& p, const int64_t* chosen, int64_t count, T* result) {
   const MlpTape<T> tape(p);
-  for (int64_t at = begin; at < end; at += kTile<T>) {
-    const int64_t count = std::min(kTile<T>, end - at);
-    forward_tile(p, at, count, tape);
-    std::copy_n(tape.output.get(), count, result + at);
-  }
+  for_each_tile<T>(count, [&](int64_t at, int64_t size) FASTMETA_INLINE_LAMBDA {
+    forward_tile(p, chosen + at, size, tape);
+    for (int64_t l = 0; l < size; ++l) result[chosen[at + l]] = tape.output.get()[l];
+  });
 }
 
-// `grad`: of the result; sets `of_gradients` and adds to `of_weights`, that of one layer behind the other, where they are not null.
+// `grad`: of the result, `of_zero` that of kAllZero; sets `of_gradients` and adds to `of_weights`, that of one layer behind the other, where they
+// are not null. Where it is to set `of_gradients`, coordinates are chosen in a row.
 template <typename T>
-FASTMETA_INLINE void backward_block(const Mlp<T>& p, int64_t begin, int64_t end, const T* grad, T* of_gradients, T* of_weights) {
+FASTMETA_INLINE void backward_chosen(const Mlp<T>& p, const int64_t* chosen, int64_t number, const T* grad, T of_zero, T* of_gradients, T* of_weights) {
   const MlpTape<T> tape(p);
   const int64_t widest = std::max(p.width, kChannels) * kTile<T>;
   const Buffer<T> grad_x(widest), scratch(std::max(p.layers[0].scratch(), p.layers[1].scratch())), grad_y(widest);
-  for (int64_t at = begin; at < end; at += kTile<T>) {
-    const int64_t count = std::min(kTile<T>, end - at);
-    forward_tile(p, at, count, tape);
-    std::copy_n(grad + at, count, grad_y.get());
-    std::fill_n(grad_y.get() + count, kTile<T> - count, T(0));
+  for_each_tile<T>(number, [&](int64_t at, int64_t count) FASTMETA_INLINE_LAMBDA {
+    forward_tile(p, chosen + at, count, tape);
+    gather(grad, chosen + at, count, of_zero, grad_y.get());
     T* sums = of_weights ? of_weights + p.grad_size() : nullptr;
     for (int i = p.kLayers - 1; i >= 0; --i) {
       const Layer<T>& layer = p.layers[i];
@@ -192,8 +222,8 @@ FASTMETA_INLINE void backward_block(const Mlp<T>& p, int64_t begin, int64_t end,
 #pragma omp simd
         for (int64_t l = 0; l < p.width * kTile<T>; ++l) grad_y.get()[l] = x[kTile<T> + l] <= 0 ? T(0) : grad_x.get()[l];
     }
-    if (of_gradients) preprocess_backward(p.gradients + at, count, grad_x.get(), of_gradients + at);
-  }
+    if (of_gradients) preprocess_backward(p.gradients + chosen[at], count, grad_x.get(), of_gradients + chosen[at]);
+  });
 }
 
 // ---- the LSTM -------------------------------------------------------------------------------------------------------------------------
@@ -228,36 +258,33 @@ template <typename T> struct LstmTape {
   const T* cell_before(int64_t t) const { return t ? cell_after(t - 1) : cells.get(); }
 };
 
-template <typename T> FASTMETA_INLINE void forward_tile(const Lstm<T>& p, int64_t at, int64_t count, const LstmTape<T>& tape) {
+template <typename T> FASTMETA_INLINE void forward_tile(const Lstm<T>& p, const int64_t* chosen, int64_t count, const LstmTape<T>& tape) {
   for (int64_t t = 0; t < p.steps; ++t) {
-    preprocess(p.gradients + t * p.coordinates + at, count, tape.inputs_at(t) + kTile<T>);
+    preprocess(p.gradients + t * p.coordinates, chosen, count, tape.inputs_at(t) + kTile<T>);
     p.gates.apply(p.used(t), tape.inputs_at(t), tape.gates_at(t));
     T* h = t + 1 < p.steps ? tape.inputs_at(t + 1) + p.kFirst * kTile<T> : tape.last.get() + kTile<T>;
     activate_gates(p.state(), tape.gates_at(t), tape.cell_before(t), tape.cell_after(t), h);
   }
 }
 
-template <typename T> FASTMETA_INLINE void forward_block(const Lstm<T>& p, int64_t begin, int64_t end, T* result) {
+template <typename T> FASTMETA_INLINE void forward_chosen(const Lstm<T>& p, const int64_t* chosen, int64_t count, T* result) {
   const LstmTape<T> tape(p, false);
   const Buffer<T> y(kTile<T>);
-  for (int64_t at = begin; at < end; at += kTile<T>) {
-    const int64_t count = std::min(kTile<T>, end - at);
-    forward_tile(p, at, count, tape);
+  for_each_tile<T>(count, [&](int64_t at, int64_t size) FASTMETA_INLINE_LAMBDA {
+    forward_tile(p, chosen + at, size, tape);
     p.output.apply(p.output.inputs, tape.last.get(), y.get());
-    std::copy_n(y.get(), count, result + at);
-  }
+    for (int64_t l = 0; l < size; ++l) result[chosen[at + l]] = y.get()[l];
+  });
 }
 
 template <typename T>
-FASTMETA_INLINE void backward_block(const Lstm<T>& p, int64_t begin, int64_t end, const T* grad, T* of_gradients, T* of_weights) {
+FASTMETA_INLINE void backward_chosen(const Lstm<T>& p, const int64_t* chosen, int64_t number, const T* grad, T of_zero, T* of_gradients, T* of_weights) {
   const LstmTape<T> tape(p, true);
   const Buffer<T> grad_y(kTile<T>), grad_h(p.state()), grad_cell(p.state()), grad_gates(4 * p.state()), grad_channels(kChannels * kTile<T>),
       scratch(std::max(p.gates.scratch(), p.output.scratch()));
-  for (int64_t at = begin; at < end; at += kTile<T>) {
-    const int64_t count = std::min(kTile<T>, end - at);
-    forward_tile(p, at, count, tape);
-    std::copy_n(grad + at, count, grad_y.get());
-    std::fill_n(grad_y.get() + count, kTile<T> - count, T(0));
+  for_each_tile<T>(number, [&](int64_t at, int64_t count) FASTMETA_INLINE_LAMBDA {
+    forward_tile(p, chosen + at, count, tape);
+    gather(grad, chosen + at, count, of_zero, grad_y.get());
     std::fill_n(grad_cell.get(), p.state(), T(0));
     if (of_weights) p.output.accumulate(p.output.inputs, grad_y.get(), tape.last.get(), scratch.get(), of_weights + p.gates.grad_size());
     p.output.pull_back(1, p.width, grad_y.get(), grad_h.get());
@@ -266,20 +293,49 @@ FASTMETA_INLINE void backward_block(const Lstm<T>& p, int64_t begin, int64_t end
       if (of_weights) p.gates.accumulate(p.used(t), grad_gates.get(), tape.inputs_at(t), scratch.get(), of_weights);
       if (of_gradients) {
         p.gates.pull_back(1, kChannels, grad_gates.get(), grad_channels.get());
-        const int64_t from = t * p.coordinates + at;
+        const int64_t from = t * p.coordinates + chosen[at];
         preprocess_backward(p.gradients + from, count, grad_channels.get(), of_gradients + from);
       }
       if (t) p.gates.pull_back(p.kFirst, p.width, grad_gates.get(), grad_h.get());
     }
+  });
+}
+
+// ---- a block, of either ---------------------------------------------------------------------------------------------------------------
+
+// `of_zero`: the result where the gradients are 0; null: nothing is left out.
+template <typename Generator, typename T> FASTMETA_INLINE void forward_block(const Generator& p, int64_t begin, int64_t end, const T* of_zero, T* result) {
+  const Buffer<int64_t> chosen(end - begin);
+  if (of_zero) std::fill_n(result + begin, end - begin, *of_zero);
+  forward_chosen(p, chosen.get(), choose(p.gradients, p.steps, p.coordinates, begin, end, !of_zero, chosen.get()), result);
+}
+
+template <typename Generator, typename T>
+FASTMETA_INLINE void backward_block(const Generator& p, int64_t begin, int64_t end, const T* grad, T* of_gradients, T* of_weights) {
+  const Buffer<int64_t> chosen(end - begin + 1);
+  int64_t count = choose(p.gradients, p.steps, p.coordinates, begin, end, of_gradients != nullptr, chosen.get());
+  double of_zero = 0;
+  if (count < end - begin) {
+    for (int64_t i = begin, k = 0; i < end; ++i) k < count && chosen.get()[k] == i ? void(++k) : void(of_zero += double(grad[i]));
+    chosen.get()[count++] = kAllZero;
   }
+  backward_chosen(p, chosen.get(), count, grad, T(of_zero), of_gradients, of_weights);
 }
 
 // ---- one function for each type, compiled for each instruction set --------------------------------------------------------------------
 
-FASTMETA_CLONES void run_forward(const Mlp<float>& p, int64_t begin, int64_t end, float* result) { forward_block(p, begin, end, result); }
-FASTMETA_CLONES void run_forward(const Mlp<double>& p, int64_t begin, int64_t end, double* result) { forward_block(p, begin, end, result); }
-FASTMETA_CLONES void run_forward(const Lstm<float>& p, int64_t begin, int64_t end, float* result) { forward_block(p, begin, end, result); }
-FASTMETA_CLONES void run_forward(const Lstm<double>& p, int64_t begin, int64_t end, double* result) { forward_block(p, begin, end, result); }
+FASTMETA_CLONES void run_forward(const Mlp<float>& p, int64_t begin, int64_t end, const float* of_zero, float* result) {
+  forward_block(p, begin, end, of_zero, result);
+}
+FASTMETA_CLONES void run_forward(const Mlp<double>& p, int64_t begin, int64_t end, const double* of_zero, double* result) {
+  forward_block(p, begin, end, of_zero, result);
+}
+FASTMETA_CLONES void run_forward(const Lstm<float>& p, int64_t begin, int64_t end, const float* of_zero, float* result) {
+  forward_block(p, begin, end, of_zero, result);
+}
+FASTMETA_CLONES void run_forward(const Lstm<double>& p, int64_t begin, int64_t end, const double* of_zero, double* result) {
+  forward_block(p, begin, end, of_zero, result);
+}
 FASTMETA_CLONES void run_backward(const Mlp<float>& p, int64_t begin, int64_t end, const float* grad, float* of_gradients, float* of_weights) {
   backward_block(p, begin, end, grad, of_gradients, of_weights);
 }
@@ -300,9 +356,16 @@ template <typename Generator, typename Run> void for_each_block(const Generator&
                 [&](int64_t i) { run(i, i * kBlock, std::min(p.coordinates, (i + 1) * kBlock)); });
 }
 
-template <typename T, typename Generator> Tensor forward(const Generator& p) {
+template <typename T, typename Generator> Tensor forward(Generator& p) {
   const Rows<T> result = Rows<T>::make({p.coordinates});
-  for_each_block(p, [&](int64_t, int64_t begin, int64_t end) { run_forward(p, begin, end, result[0]); });
+  // First of a single coordinate whose gradients are 0.
+  T of_zero;
+  const std::vector<T> zeros(p.steps, T(0));
+  const T* gradients = std::exchange(p.gradients, zeros.data());
+  const int64_t coordinates = std::exchange(p.coordinates, 1);
+  run_forward(p, 0, 1, nullptr, &of_zero);
+  p.gradients = gradients, p.coordinates = coordinates;
+  for_each_block(p, [&](int64_t, int64_t begin, int64_t end) { run_forward(p, begin, end, &of_zero, result[0]); });
   return result.tensor();
 }
 
@@ -342,7 +405,8 @@ Tensor coordinate_mlp(Tensor gradients, Tensor weight_1, Tensor bias_1, Tensor w
   return for_dtype(gradients, [&](auto zero) {
     using T = decltype(zero);
     const Rows<T> rows(gradients);
-    return forward<T>(make_mlp(rows, weight_1, bias_1, weight_2, bias_2, weight_3, bias_3));
+    Mlp<T> p = make_mlp(rows, weight_1, bias_1, weight_2, bias_2, weight_3, bias_3);
+    return forward<T>(p);
   });
 }
 
@@ -378,7 +442,8 @@ Tensor coordinate_lstm(Tensor gradients, Tensor weight_ih, Tensor weight_hh, Ten
   return for_dtype(gradients, [&](auto zero) {
     using T = decltype(zero);
     const Rows<T> rows(gradients);
-    return forward<T>(make_lstm(rows, weight_ih, weight_hh, bias, output_weight, output_bias));
+    Lstm<T> p = make_lstm(rows, weight_ih, weight_hh, bias, output_weight, output_bias);
+    return forward<T>(p);
   });
 }
 
