@@ -187,7 +187,7 @@ def test_extreme_gradients(name, dtype):
 
 @pytest.mark.parametrize("name", [MLP, LSTM])
 def test_nan_in_a_weight(name):
-    """Nothing is lost, nothing comes from coordinates that are not there."""
+    """Nothing is lost."""
     for changed in list(example(name))[1:]:
         tensors = example(name, 5, 5)
         with torch.no_grad():
@@ -196,6 +196,24 @@ def test_nan_in_a_weight(name):
         # Before h_0 = 0 the recurrent weights are not multiplied: less is NaN than there, where 0 times NaN is.
         checked = 1 if changed == "weight_hh" else len(theirs)
         assert_close(ours[:checked], theirs[:checked], equal_nan=True)
+
+
+def test_overflow_elsewhere():
+    """A unit that overflows for a gradient of 0, but for none of those there are: nothing comes from lanes without a coordinate."""
+    weights = [torch.tensor(w) for w in ([[-1e30, 0.0]], [0.0], [[1e30]], [0.0], [[1.0]], [0.0])]
+    tensors = dict(zip(example(MLP), [t.requires_grad_() for t in (torch.full((3,), 2.0), *weights)]))
+    ours, theirs = (values_and_gradients(f, MLP, tensors, {}, [torch.ones(3)]) for f in (functional, reference))
+    assert_close(ours, theirs, rtol=1e-5, atol=0)
+    assert all(t.isfinite().all() for t in ours)
+
+
+@pytest.mark.parametrize("dtype, largest", [(torch.float32, 100.0), (torch.float64, 750.0)])
+def test_gates_far_from_zero(dtype, largest):
+    """Sums of gates to beyond where exp() overflows, in small steps."""
+    gradients = (torch.linspace(-1, 1, 20001, dtype=dtype) * BORDER).unsqueeze(0)
+    weights = [torch.tensor([[0, largest]] * 4, dtype=dtype), torch.zeros(4, 1, dtype=dtype), torch.zeros(4, dtype=dtype),
+               torch.ones(1, 1, dtype=dtype), torch.zeros(1, dtype=dtype)]
+    assert_close(coordinate_lstm(gradients, *weights), reference.coordinate_lstm(gradients, *weights), rtol=0, atol=8 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("name, size", [(MLP, 3 * BLOCK + 5), (LSTM, 3 * BLOCK + 5), (POOL, (9, 40, 14, 14))])
@@ -322,11 +340,12 @@ def ones(*shape):
     (LSTM, TypeError, "gradients must be a tensor, got NoneType", {"gradients": None}),
     (LSTM, ValueError, "gradients must be [T, *] with T >= 1, got shape [0, 6]", {"gradients": ones(0, 6)}),
     (LSTM, ValueError, "gradients must be [T, *] with T >= 1, got shape []", {"gradients": ones()}),
-    (LSTM, ValueError, "weight_ih must be [4W, 2] with 4W = 12, got shape [3, 2]", {"weight_ih": ones(3, 2)}),
-    (LSTM, ValueError, "weight_hh must be [4W, W] with 4W = 12, got shape [9, 3]", {"weight_hh": ones(9, 3)}),
+    (LSTM, ValueError, "weight_ih must be [4W, 2] with 4W = 4, got shape [3, 2]", {"weight_ih": ones(3, 2)}),
+    (LSTM, ValueError, "weight_hh must be [4W, W] with 4W = 12, W = 3, got shape [9, 3]", {"weight_hh": ones(9, 3)}),
+    (LSTM, ValueError, "weight_hh must be [4W, W] with 4W = 12, W = 3, got shape [12, 4]", {"weight_hh": ones(12, 4)}),
     (LSTM, TypeError, "weight_hh must be a tensor, got int", {"weight_hh": 1}),
     (LSTM, ValueError, "bias must be [4W] with 4W = 12, got shape [3]", {"bias": ones(3)}),
-    (LSTM, ValueError, "output_weight must be [1, W], got shape [3]", {"output_weight": ones(3)}),
+    (LSTM, ValueError, "output_weight must be [1, W] with W = 3, got shape [3]", {"output_weight": ones(3)}),
     (LSTM, TypeError, "output_bias must have the dtype of gradients, torch.float64, got torch.float16", {"output_bias": torch.ones(1).half()}),
     (POOL, TypeError, "slow must be a tensor, got int", {"slow": 1}),
     (POOL, ValueError, "slow must be [N, C, H, W], got shape [3, 5, 4]", {"slow": ones(3, 5, 4)}),

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <tuple>
+#include <vector>
 
 #include "cpu/simd.h"
 #include "cpu/tensor.h"

@@ -13,6 +13,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <tuple>
@@ -67,6 +68,7 @@ template <typename T> FASTMETA_INLINE void gather(const T* from, const int64_t* 
 template <typename T> FASTMETA_INLINE void preprocess(const T* gradients, const int64_t* chosen, int64_t count, T* channels) {
   T* sign = channels + kTile<T>;
   gather(gradients, chosen, count, T(0), sign);
+  std::fill_n(sign + count, kTile<T> - count, sign[count - 1]);  // lanes without a coordinate overflow only where one that is there does
 #pragma omp simd
   for (int l = 0; l < kTile<T>; ++l) {
     const T size = log_size(sign[l]), slope = sign[l] * kSlope<T>;
@@ -111,8 +113,8 @@ template <typename T> struct Layer {
     for (int64_t l = 0; l < kTile<T>; l += kLanes<T>)
       product<T, Left::kColumns>(count, outputs, weight.get() + first, inputs, grad_y + l, kTile<T>, grad_x + l, kTile<T>, false);
   }
-  // grad [outputs][padded] += grad_y x^T, of the first `used` inputs; `scratch` has room for a tile of inputs and a gradient. A tile is summed up
-  // by itself first: numbers of one size are added.
+  // grad [outputs][padded] += grad_y x^T, of the first `used` inputs and those up to whole lanes, which must be 0; `scratch` has room for a tile of
+  // inputs and a gradient. A tile is summed up by itself first, so that a small number is not added to the sum of a whole block.
   FASTMETA_INLINE void accumulate(int64_t used, const T* grad_y, const T* x, T* scratch, T* grad) const {
     T* sums = scratch + tile();
     transpose(padded, kTile<T>, x, kTile<T>, scratch, padded);
@@ -151,9 +153,9 @@ template <typename T> Tensor columns_of(const Layer<T>& layer, const T* grad, in
   return to.tensor();
 }
 
-// run(first, count) for every tile of `number` coordinates.
-template <typename T, typename Run> FASTMETA_INLINE void for_each_tile(int64_t number, const Run& run) {
-  for (int64_t at = 0; at < number; at += kTile<T>) run(at, std::min(kTile<T>, number - at));
+// run(first, size) for every tile of `count` coordinates.
+template <typename T, typename Run> FASTMETA_INLINE void for_each_tile(int64_t count, const Run& run) {
+  for (int64_t at = 0; at < count; at += kTile<T>) run(at, std::min(kTile<T>, count - at));
 }
 
 // ---- the perceptron -------------------------------------------------------------------------------------------------------------------
@@ -204,13 +206,13 @@ template <typename T> FASTMETA_INLINE void forward_chosen(const Mlp<T>& p, const
 // `grad`: of the result, `of_zero` that of kAllZero; sets `of_gradients` and adds to `of_weights`, that of one layer behind the other, where they
 // are not null. Where it is to set `of_gradients`, coordinates are chosen in a row.
 template <typename T>
-FASTMETA_INLINE void backward_chosen(const Mlp<T>& p, const int64_t* chosen, int64_t number, const T* grad, T of_zero, T* of_gradients, T* of_weights) {
+FASTMETA_INLINE void backward_chosen(const Mlp<T>& p, const int64_t* chosen, int64_t count, const T* grad, T of_zero, T* of_gradients, T* of_weights) {
   const MlpTape<T> tape(p);
   const int64_t widest = std::max(p.width, kChannels) * kTile<T>;
   const Buffer<T> grad_x(widest), scratch(std::max(p.layers[0].scratch(), p.layers[1].scratch())), grad_y(widest);
-  for_each_tile<T>(number, [&](int64_t at, int64_t count) FASTMETA_INLINE_LAMBDA {
-    forward_tile(p, chosen + at, count, tape);
-    gather(grad, chosen + at, count, of_zero, grad_y.get());
+  for_each_tile<T>(count, [&](int64_t at, int64_t size) FASTMETA_INLINE_LAMBDA {
+    forward_tile(p, chosen + at, size, tape);
+    gather(grad, chosen + at, size, of_zero, grad_y.get());
     T* sums = of_weights ? of_weights + p.grad_size() : nullptr;
     for (int i = p.kLayers - 1; i >= 0; --i) {
       const Layer<T>& layer = p.layers[i];
@@ -222,7 +224,7 @@ FASTMETA_INLINE void backward_chosen(const Mlp<T>& p, const int64_t* chosen, int
 #pragma omp simd
         for (int64_t l = 0; l < p.width * kTile<T>; ++l) grad_y.get()[l] = x[kTile<T> + l] <= 0 ? T(0) : grad_x.get()[l];
     }
-    if (of_gradients) preprocess_backward(p.gradients + chosen[at], count, grad_x.get(), of_gradients + chosen[at]);
+    if (of_gradients) preprocess_backward(p.gradients + chosen[at], size, grad_x.get(), of_gradients + chosen[at]);
   });
 }
 
@@ -233,11 +235,11 @@ template <typename T> struct Lstm {
   const T* gradients;  // [steps][coordinates]
   Layer<T> gates, output;
 
-  static constexpr int64_t kFirst = 1 + kChannels;  // input of the gates that is h
+  static constexpr int64_t kHidden = 1 + kChannels;  // the first input of the gates that is h
   int64_t state() const { return width * kTile<T>; }
   int64_t grad_size() const { return gates.grad_size() + output.grad_size(); }
   int64_t multiplications() const { return steps * 4 * width * (width + 6); }
-  int64_t used(int64_t t) const { return t ? gates.inputs : kFirst; }  // h_0 is 0
+  int64_t used(int64_t t) const { return t ? gates.inputs : kHidden; }  // h_0 is 0
 };
 
 // Of a tile at every step, or, where nothing is kept, of the last one.
@@ -262,7 +264,7 @@ template <typename T> FASTMETA_INLINE void forward_tile(const Lstm<T>& p, const 
   for (int64_t t = 0; t < p.steps; ++t) {
     preprocess(p.gradients + t * p.coordinates, chosen, count, tape.inputs_at(t) + kTile<T>);
     p.gates.apply(p.used(t), tape.inputs_at(t), tape.gates_at(t));
-    T* h = t + 1 < p.steps ? tape.inputs_at(t + 1) + p.kFirst * kTile<T> : tape.last.get() + kTile<T>;
+    T* h = t + 1 < p.steps ? tape.inputs_at(t + 1) + p.kHidden * kTile<T> : tape.last.get() + kTile<T>;
     activate_gates(p.state(), tape.gates_at(t), tape.cell_before(t), tape.cell_after(t), h);
   }
 }
@@ -278,13 +280,13 @@ template <typename T> FASTMETA_INLINE void forward_chosen(const Lstm<T>& p, cons
 }
 
 template <typename T>
-FASTMETA_INLINE void backward_chosen(const Lstm<T>& p, const int64_t* chosen, int64_t number, const T* grad, T of_zero, T* of_gradients, T* of_weights) {
+FASTMETA_INLINE void backward_chosen(const Lstm<T>& p, const int64_t* chosen, int64_t count, const T* grad, T of_zero, T* of_gradients, T* of_weights) {
   const LstmTape<T> tape(p, true);
   const Buffer<T> grad_y(kTile<T>), grad_h(p.state()), grad_cell(p.state()), grad_gates(4 * p.state()), grad_channels(kChannels * kTile<T>),
       scratch(std::max(p.gates.scratch(), p.output.scratch()));
-  for_each_tile<T>(number, [&](int64_t at, int64_t count) FASTMETA_INLINE_LAMBDA {
-    forward_tile(p, chosen + at, count, tape);
-    gather(grad, chosen + at, count, of_zero, grad_y.get());
+  for_each_tile<T>(count, [&](int64_t at, int64_t size) FASTMETA_INLINE_LAMBDA {
+    forward_tile(p, chosen + at, size, tape);
+    gather(grad, chosen + at, size, of_zero, grad_y.get());
     std::fill_n(grad_cell.get(), p.state(), T(0));
     if (of_weights) p.output.accumulate(p.output.inputs, grad_y.get(), tape.last.get(), scratch.get(), of_weights + p.gates.grad_size());
     p.output.pull_back(1, p.width, grad_y.get(), grad_h.get());
@@ -294,9 +296,9 @@ FASTMETA_INLINE void backward_chosen(const Lstm<T>& p, const int64_t* chosen, in
       if (of_gradients) {
         p.gates.pull_back(1, kChannels, grad_gates.get(), grad_channels.get());
         const int64_t from = t * p.coordinates + chosen[at];
-        preprocess_backward(p.gradients + from, count, grad_channels.get(), of_gradients + from);
+        preprocess_backward(p.gradients + from, size, grad_channels.get(), of_gradients + from);
       }
-      if (t) p.gates.pull_back(p.kFirst, p.width, grad_gates.get(), grad_h.get());
+      if (t) p.gates.pull_back(p.kHidden, p.width, grad_gates.get(), grad_h.get());
     }
   });
 }
@@ -351,9 +353,8 @@ FASTMETA_CLONES void run_backward(const Lstm<double>& p, int64_t begin, int64_t 
 
 template <typename Generator, typename Run> void for_each_block(const Generator& p, const Run& run) {
   // A fork and join of threads costs some microseconds: not for work of that size.
-  const int64_t grain = 1 + 200000 / (kBlock * p.multiplications());
-  for_each_task(ceil_divide(p.coordinates, kBlock), p.coordinates * p.multiplications() < 200000 ? 2 : grain,
-                [&](int64_t i) { run(i, i * kBlock, std::min(p.coordinates, (i + 1) * kBlock)); });
+  const int64_t grain = 1 + 200000 / (kBlock * std::max<int64_t>(1, p.multiplications()));
+  for_each_task(ceil_divide(p.coordinates, kBlock), grain, [&](int64_t i) { run(i, i * kBlock, std::min(p.coordinates, (i + 1) * kBlock)); });
 }
 
 template <typename T, typename Generator> Tensor forward(Generator& p) {
@@ -459,7 +460,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> coordinate_lstm_backw
     auto when = [&](int bit, const Layer<T>& layer, const T* sums, int64_t first, std::vector<int64_t> sizes) {
       return needs >> bit & 1 ? columns_of(layer, sums, first, sizes) : empty({0}, kScalarType<T>);
     };
-    return {of_gradients, when(1, p.gates, of_gates, 1, {4 * p.width, kChannels}), when(2, p.gates, of_gates, p.kFirst, {4 * p.width, p.width}),
+    return {of_gradients, when(1, p.gates, of_gates, 1, {4 * p.width, kChannels}), when(2, p.gates, of_gates, p.kHidden, {4 * p.width, p.width}),
             when(3, p.gates, of_gates, 0, {4 * p.width}), when(4, p.output, of_output, 1, {1, p.width}), when(5, p.output, of_output, 0, {1})};
   });
 }

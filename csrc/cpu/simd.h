@@ -23,7 +23,7 @@
 
 namespace fastmeta {
 
-// Lanes are queries: a tile row holds one number for each of kLanes queries, 64 bytes in all.
+// Lanes are queries, or coordinates: a tile row holds one number for each of kLanes of them, 64 bytes in all.
 template <typename T> inline constexpr int kLanes = 64 / sizeof(T);
 
 template <typename T> struct FloatFormat;
@@ -31,7 +31,7 @@ template <> struct FloatFormat<float> {
   using Integer = int32_t;
   static constexpr int kMantissa = 23, kBias = 127;
   static constexpr int kTerms = 7, kLogTerms = 9;  // Taylor of exp to r^7, of atanh to s^9: the next terms are 5e-9 and 7e-10
-  static constexpr float kLowest = -87.3f, kHighest = 88.9f;      // exp() of less is subnormal; of more, as of this, infinite
+  static constexpr float kLowest = -87.3f, kHighest = 88.9f;      // exp() of less is subnormal; of this infinite
   static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;  // ln 2 in two parts: n * high is exact
 };
 template <> struct FloatFormat<double> {
@@ -42,7 +42,8 @@ template <> struct FloatFormat<double> {
   static constexpr double kLn2High = 6.93145751953125e-1, kLn2Low = 1.42860682030941723212e-6;
 };
 
-// exp(x) = power * (1 + tail), for x in [kLowest, kHighest]: x = n ln 2 + r, power = 2^n, tail = exp(r) - 1. No branch and no call,
+// exp(x) = (1 + tail) * power, for x in [kLowest, kHighest]: x = n ln 2 + r, power = 2^n (infinite from 127.5 ln 2 on, double: 1023.5 ln 2),
+// tail = exp(r) - 1. No branch and no call,
 // so that a loop over it becomes vector code.
 template <typename T> FASTMETA_INLINE T exp_parts(T x, T& power) {
   using Format = FloatFormat<T>;
@@ -90,7 +91,7 @@ template <typename T> FASTMETA_INLINE T sigmoid_of(T x) {
   const T bounded = -x > kHighest ? kHighest : -x;
   T power;
   const T tail = exp_parts(bounded < kLowest ? kLowest : bounded, power);
-  return T(1) / (T(1) + (power * tail + power));
+  return T(1) / (T(1) + (tail + T(1)) * power);  // not power * tail + power: of an infinite power that is NaN
 }
 
 // log(x) for x that is not negative nor subnormal: 2 atanh((m - 1) / (m + 1)) + e ln 2 with x = 2^e m. 0 gives -inf, infinity and NaN themselves.

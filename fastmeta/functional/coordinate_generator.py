@@ -33,7 +33,7 @@ def coordinate_mlp(gradients: Tensor, weight_1: Tensor, bias_1: Tensor, weight_2
         ValueError: shapes that do not fit.
         RuntimeError: an explicit backend that cannot run.
     """
-    return _generate("coordinate_mlp", gradients, gradients, {
+    return _generate("coordinate_mlp", gradients, "M", {
         "weight_1": (weight_1, "W 2"), "bias_1": (bias_1, "W"), "weight_2": (weight_2, "W W"), "bias_2": (bias_2, "W"),
         "weight_3": (weight_3, "1 W"), "bias_3": (bias_3, "1")}, backend)
 
@@ -61,18 +61,17 @@ def coordinate_lstm(gradients: Tensor, weight_ih: Tensor, weight_hh: Tensor, bia
     name = "coordinate_lstm"
     if isinstance(gradients, Tensor) and (not gradients.dim() or not gradients.shape[0]):
         raise ValueError(f"{name}: gradients must be [T, *] with T >= 1, got shape {list(gradients.shape)}")
-    width = weight_hh.shape[-1] if isinstance(weight_hh, Tensor) and weight_hh.dim() else 0
-    return _generate(name, gradients, gradients[0] if isinstance(gradients, Tensor) else None, {
+    width = max(1, weight_ih.shape[0] // 4) if isinstance(weight_ih, Tensor) and weight_ih.dim() else 1
+    return _generate(name, gradients, "T M", {
         "weight_ih": (weight_ih, "4W 2"), "weight_hh": (weight_hh, "4W W"), "bias": (bias, "4W"), "output_weight": (output_weight, "1 W"),
-        "output_bias": (output_bias, "1")}, backend, {"4W": 4 * width})
+        "output_bias": (output_bias, "1")}, backend, {"W": width, "4W": 4 * width})
 
 
-def _generate(name: str, gradients, coordinates, weights: dict, backend, sizes: dict | None = None) -> Tensor:
-    """``coordinates``: one gradient, in whose shape the result is."""
-    flat = gradients
+def _generate(name: str, gradients, letters: str, weights: dict, backend, sizes: dict | None = None) -> Tensor:
+    """``letters``: of the gradients, with their coordinates in one dimension."""
+    flat, steps = gradients, len(letters.split()) - 1
     if isinstance(gradients, Tensor) and gradients.layout is torch.strided:
-        flat = gradients.reshape(-1) if gradients is coordinates else gradients.flatten(1) if gradients.dim() > 1 else gradients.unsqueeze(1)
-    letters = "M" if gradients is coordinates else "T M"
+        flat = gradients.flatten(steps) if gradients.dim() > steps else gradients.unsqueeze(steps)
     given = prepare(name, {"gradients": (flat, letters), **weights}, sizes)
     if not given.sizes["W"]:
         raise ValueError(f"{name}: the width W must be at least 1, got 0")
@@ -82,4 +81,4 @@ def _generate(name: str, gradients, coordinates, weights: dict, backend, sizes: 
             result = getattr(reference, name)(*given.tensors)
     else:
         result, = _operations[chosen, name](*given.tensors)
-    return restore((result,), given.dtype)[0].view(coordinates.shape)
+    return restore((result,), given.dtype)[0].view(gradients.shape[steps:])

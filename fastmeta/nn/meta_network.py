@@ -46,7 +46,9 @@ class AugmentedLearner(reference.AugmentedLearner):
     def block(self, name, x, fast):
         if fast is None:
             return super().block(name, x, None)
-        return functional.augmented_pool(self.get_submodule(name)(x), fast(name + ".weight", x))
+        slow = self.get_submodule(name)(x)
+        # It has a kernel for the CPU alone: a backend chosen for the others must not fail here.
+        return functional.augmented_pool(slow, fast(name + ".weight", x), backend=None if slow.device.type == "cpu" else "reference")
 
 
 class MetaNetwork(reference.MetaNetwork):

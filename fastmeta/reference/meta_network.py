@@ -59,6 +59,7 @@ class AugmentedLearner(nn.Module):
         return slow + activation(F.conv2d(x, weight, padding=1) if weight.dim() == 4 else F.linear(x, weight))
 
     def block(self, name: str, x: Tensor, fast: dict[str, Tensor] | None) -> Tensor:
+        """One block, by the name of its convolution."""
         return F.max_pool2d(self.augment(name, x, fast), 2, ceil_mode=True)
 
     def convolve(self, images: Tensor, fast: dict[str, Tensor] | None) -> Tensor:

@@ -1,7 +1,7 @@
 """``fastmeta::coordinate_mlp`` and ``fastmeta::coordinate_lstm``, forward and backward.
 
-gradients ``[M]``, or of the LSTM ``[T, M]``, T >= 1, of M coordinates; the weights as in ``fastmeta.functional``, of any width; float32 or
-float64, any strides. The backward keeps nothing of the forward: it computes again what it needs.
+gradients ``[M]``, or of the LSTM ``[T, M]``, T >= 1, of M coordinates; the weights as in ``fastmeta.functional``, of any width W >= 1; float32 or
+float64, any strides. The forward keeps nothing for the backward, which computes again what it needs.
 """
 
 from .. import reference

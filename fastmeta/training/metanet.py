@@ -38,7 +38,7 @@ class MetaNetConfig:
     layers: str = "fast"
 
     def __post_init__(self):
-        check_config(self, "way", "shot", "queries")
+        check_config(self, "way", "shot", "queries", "blocks")
 
 
 def build(config: MetaNetConfig) -> nn.Module:

@@ -72,7 +72,8 @@ def _processes() -> Iterator[tuple[int, int]]:
 class Run:
     """The parts that every model shares. A subclass says what the model is, what a step does, and what is worth a line of the log.
 
-    ``config`` is a frozen dataclass with at least ``steps``, ``episodes_per_batch``, ``lr``, ``seed``, ``rotations``, ``distortion`` and ``eval_every``.
+    ``config`` is a frozen dataclass with at least ``steps``, ``episodes_per_batch``, ``lr``, ``seed``, ``rotations``, ``distortion``,
+    ``validation_classes`` and ``eval_every``; ``clip`` too, unless a subclass finishes a step in another way.
     Episodes are N-way K-shot ones, for which it has ``way``, ``shot`` and ``queries``, unless a subclass draws others.
     """
 
