@@ -22,7 +22,7 @@ def pytest_addoption(parser):
 
 def _settings() -> dict:
     return {"torch": torch.__version__, "threads": torch.get_num_threads(), "wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
-            "backend": _backend.select(None, "cpu", "bench")}
+            "backend": _backend.select(None, "cpu", "bench", "cosine_attention")}
 
 
 def pytest_report_header(config):

@@ -14,7 +14,7 @@ from fastmeta.functional import augmented_pool, coordinate_lstm, coordinate_mlp
 
 MLP, LSTM, POOL = NAMES = ("coordinate_mlp", "coordinate_lstm", "augmented_pool")
 BORDER = math.exp(-7)  # of the preprocessing: what is smaller than it enters a generator linearly
-BLOCK = 4096  # coordinates of a task of the C++ kernels; their tiles are 64 of float32, 32 of float64
+BLOCK = 1024  # coordinates of a task of the C++ kernels; their tiles are 64 of float32, 32 of float64
 
 
 def leaf(*shape, scale=1.0, dtype=torch.float64):

@@ -28,7 +28,7 @@ namespace fastmeta {
 namespace {
 
 template <typename T> inline constexpr int64_t kTile = 4 * kLanes<T>;
-constexpr int64_t kBlock = 4096;
+constexpr int64_t kBlock = 1024;
 constexpr int64_t kChannels = 2;
 
 // ---- preprocessing --------------------------------------------------------------------------------------------------------------------
@@ -247,7 +247,7 @@ template <typename T> struct LstmTape {
   const Lstm<T>& p;
   bool keep;
   int64_t steps = keep ? p.steps : 1;
-  Buffer<T> inputs{steps * p.gates.tile()}, gates{steps * 4 * p.state()}, cells{(1 + steps) * p.state()}, last{p.output.tile()};
+  Buffer<T> inputs{steps * p.gates.tile()}, gates{steps * 4 * p.state()}, cells{(1 + steps) * p.state()}, squashed{steps * p.state()}, last{p.output.tile()};
 
   FASTMETA_INLINE LstmTape(const Lstm<T>& p, bool keep) : p(p), keep(keep) {
     for (int64_t t = 0; t < steps; ++t) p.gates.prepare(inputs.get() + t * p.gates.tile());
@@ -257,6 +257,7 @@ template <typename T> struct LstmTape {
   T* inputs_at(int64_t t) const { return inputs.get() + (keep ? t : 0) * p.gates.tile(); }
   T* gates_at(int64_t t) const { return gates.get() + (keep ? t : 0) * 4 * p.state(); }
   T* cell_after(int64_t t) const { return cells.get() + (1 + (keep ? t : 0)) * p.state(); }
+  T* squashed_at(int64_t t) const { return squashed.get() + (keep ? t : 0) * p.state(); }
   const T* cell_before(int64_t t) const { return t ? cell_after(t - 1) : cells.get(); }
 };
 
@@ -265,7 +266,7 @@ template <typename T> FASTMETA_INLINE void forward_tile(const Lstm<T>& p, const 
     preprocess(p.gradients + t * p.coordinates, chosen, count, tape.inputs_at(t) + kTile<T>);
     p.gates.apply(p.used(t), tape.inputs_at(t), tape.gates_at(t));
     T* h = t + 1 < p.steps ? tape.inputs_at(t + 1) + p.kHidden * kTile<T> : tape.last.get() + kTile<T>;
-    activate_gates(p.state(), tape.gates_at(t), tape.cell_before(t), tape.cell_after(t), h);
+    activate_gates(p.state(), tape.gates_at(t), tape.cell_before(t), tape.cell_after(t), tape.squashed_at(t), h);
   }
 }
 
@@ -291,7 +292,7 @@ FASTMETA_INLINE void backward_chosen(const Lstm<T>& p, const int64_t* chosen, in
     if (of_weights) p.output.accumulate(p.output.inputs, grad_y.get(), tape.last.get(), scratch.get(), of_weights + p.gates.grad_size());
     p.output.pull_back(1, p.width, grad_y.get(), grad_h.get());
     for (int64_t t = p.steps - 1; t >= 0; --t) {
-      gates_backward(p.state(), tape.gates_at(t), tape.cell_after(t), tape.cell_before(t), grad_h.get(), grad_cell.get(), grad_gates.get());
+      gates_backward(p.state(), tape.gates_at(t), tape.squashed_at(t), tape.cell_before(t), grad_h.get(), grad_cell.get(), grad_gates.get());
       if (of_weights) p.gates.accumulate(p.used(t), grad_gates.get(), tape.inputs_at(t), scratch.get(), of_weights);
       if (of_gradients) {
         p.gates.pull_back(1, kChannels, grad_gates.get(), grad_channels.get());

@@ -148,7 +148,7 @@ template <typename T> FASTMETA_INLINE void forward_group(const Forward<T>& f, in
   const Lrua<T>& p = e.lrua;
   const int64_t rows = end - begin, carried = e.carried(), reads = e.reads(), weights_count = p.heads * p.slots;
   const int64_t gates_ld = f.recurrent->columns(), heads_ld = f.heads->columns();
-  const Buffer<T> carry(rows * carried), cell(rows * e.hidden), gates(rows * gates_ld), heads(rows * heads_ld);
+  const Buffer<T> carry(rows * carried), cell(rows * e.hidden), squashed(e.hidden), gates(rows * gates_ld), heads(rows * heads_ld);
   const Buffer<T> memory(rows * p.memory_size()), usage(rows * p.padded), weights(rows * p.weights_size()), written(p.weights_size());
   const Buffer<int64_t> slots(p.heads);
   Scratch<T> scratch(p);
@@ -183,7 +183,7 @@ template <typename T> FASTMETA_INLINE void forward_group(const Forward<T>& f, in
         std::copy_n(f.inputs + (t * e.batch + b) * e.inputs, e.inputs, line.entering);
         std::copy_n(row, carried, line.entering + e.inputs);
       }
-      activate_gates(e.hidden, row_gates, row_cell, row_cell, row + reads);
+      activate_gates(e.hidden, row_gates, row_cell, row_cell, squashed.get(), row + reads);
       if (f.tape.lines) {
         const Line<T> line(e, f.tape.lines, t, b);
         std::copy_n(row_gates, 4 * e.hidden, line.gates);
@@ -253,7 +253,7 @@ template <typename T> FASTMETA_INLINE void backward_group(const Backward<T>& g, 
   const Buffer<T> carry(rows * carry_ld), cell(rows * e.hidden), hidden(rows * hidden_ld);  // gradients
   const Buffer<T> memory(rows * p.memory_size()), weights(rows * p.weights_size());         // gradients
   const Buffer<T> segment(rows * segment_size);  // the memory before each step, and after the last
-  const Buffer<T> now(p.weights_size()), before(p.weights_size()), written(p.weights_size()), of_keys(reads), of_add(reads), of_gates(p.heads),
+  const Buffer<T> now(p.weights_size()), before(p.weights_size()), written(p.weights_size()), of_keys(reads), of_add(reads), of_gates(p.heads), squashed(e.hidden),
       of_strengths(p.heads), step_carry(rows * carry_ld);
   Scratch<T> scratch(p);
   // Of the read weights before step t.
@@ -340,7 +340,9 @@ template <typename T> FASTMETA_INLINE void backward_group(const Backward<T>& g, 
       const T* cell_before = t ? Line<T>(e, g.tape.lines, t - 1, b).cell : g.from.cell + b * e.hidden;
       T* of_hidden = hidden.get() + i * hidden_ld;
       for (int64_t h = 0; h < e.hidden; ++h) of_hidden[h] += carry.get()[i * carry_ld + reads + h];
-      gates_backward(e.hidden, line.gates, line.cell, cell_before, of_hidden, cell.get() + i * e.hidden, of_gates);
+#pragma omp simd
+      for (int64_t h = 0; h < e.hidden; ++h) squashed.get()[h] = tanh_of(line.cell[h]);
+      gates_backward(e.hidden, line.gates, squashed.get(), cell_before, of_hidden, cell.get() + i * e.hidden, of_gates);
     }
     product_with_panels(rows, 4 * e.hidden, grad_gates, 4 * e.hidden, g.recurrent->data.get(), g.recurrent->count, step_carry.get(), carry_ld, false);
     for (int64_t i = 0; i < rows; ++i)

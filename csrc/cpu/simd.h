@@ -223,7 +223,8 @@ FASTMETA_INLINE void product_with_panels(int64_t rows, int64_t depth, const T* a
   for (; i < count; ++i) product<T, Left::kRows>(rows, depth, a, lda, panels + i * depth * L, L, c + i * L, ldc, add);
 }
 
-// Transposes a square of 32 bytes by 32 bytes: one vector of 32 bytes a row, log2 of its length rounds of exchanges.
+// Transposes a square of 32 bytes by 32 bytes: one vector of 32 bytes a row, log2 of its length rounds of exchanges. Loops are unrolled so that the
+// rows stay in registers.
 template <typename T> struct Square;
 
 template <typename Row, typename Index, Index... kIndices> FASTMETA_INLINE Row pick(Row a, Row b) {
@@ -241,9 +242,13 @@ template <> struct Square<float> {
   template <int32_t... kIndices> static FASTMETA_INLINE Row pick(Row a, Row b) { return fastmeta::pick<Row, int32_t, kIndices...>(a, b); }
   static FASTMETA_INLINE void transpose(Row* v) {
     Row w[8];
+#pragma GCC unroll 8
     for (int i = 0; i < 4; ++i) w[i] = pick<0, 1, 2, 3, 8, 9, 10, 11>(v[i], v[i + 4]), w[i + 4] = pick<4, 5, 6, 7, 12, 13, 14, 15>(v[i], v[i + 4]);
-    for (int i : {0, 1, 4, 5}) v[i] = pick<0, 1, 8, 9, 4, 5, 12, 13>(w[i], w[i + 2]), v[i + 2] = pick<2, 3, 10, 11, 6, 7, 14, 15>(w[i], w[i + 2]);
+    auto exchange = [&](int i) FASTMETA_INLINE_LAMBDA { v[i] = pick<0, 1, 8, 9, 4, 5, 12, 13>(w[i], w[i + 2]), v[i + 2] = pick<2, 3, 10, 11, 6, 7, 14, 15>(w[i], w[i + 2]); };
+    exchange(0), exchange(1), exchange(4), exchange(5);
+#pragma GCC unroll 8
     for (int i = 0; i < 8; i += 2) w[i] = pick<0, 8, 2, 10, 4, 12, 6, 14>(v[i], v[i + 1]), w[i + 1] = pick<1, 9, 3, 11, 5, 13, 7, 15>(v[i], v[i + 1]);
+#pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) v[i] = w[i];
   }
 };
@@ -254,7 +259,9 @@ template <> struct Square<double> {
   template <int64_t... kIndices> static FASTMETA_INLINE Row pick(Row a, Row b) { return fastmeta::pick<Row, int64_t, kIndices...>(a, b); }
   static FASTMETA_INLINE void transpose(Row* v) {
     Row w[4];
+#pragma GCC unroll 8
     for (int i = 0; i < 2; ++i) w[i] = pick<0, 1, 4, 5>(v[i], v[i + 2]), w[i + 2] = pick<2, 3, 6, 7>(v[i], v[i + 2]);
+#pragma GCC unroll 8
     for (int i = 0; i < 4; i += 2) v[i] = pick<0, 4, 2, 6>(w[i], w[i + 1]), v[i + 1] = pick<1, 5, 3, 7>(w[i], w[i + 1]);
   }
 };
@@ -266,8 +273,10 @@ template <typename T> FASTMETA_INLINE void transpose(int64_t rows, int64_t colum
   for (int64_t i = 0; i < rows; i += kSize)
     for (int64_t j = 0; j < columns; j += kSize) {
       Row v[kSize];
+#pragma GCC unroll 8
       for (int r = 0; r < kSize; ++r) std::memcpy(&v[r], from + (i + r) * from_ld + j, sizeof(Row));
       Square<T>::transpose(v);
+#pragma GCC unroll 8
       for (int r = 0; r < kSize; ++r) std::memcpy(to + (j + r) * to_ld + i, &v[r], sizeof(Row));
     }
 }
