@@ -27,8 +27,8 @@
 namespace fastmeta {
 namespace {
 
-template <typename T> inline constexpr int64_t kTile = 4 * kLanes<T>;
-constexpr int64_t kBlock = 1024;
+template <typename T> inline constexpr int64_t kTile = 4 * kLanes<T>;  // coordinates
+constexpr int64_t kBlock = 1024;                                       // coordinates
 constexpr int64_t kChannels = 2;
 
 // ---- preprocessing --------------------------------------------------------------------------------------------------------------------
