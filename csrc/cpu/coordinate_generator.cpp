@@ -5,8 +5,8 @@
 // weights, and all else is vector code over coordinates. The first input of every layer is 1 and the first column of its weights the bias. A
 // tile passes through all layers, and all steps of the LSTM, while it is in the cache; the backward does that again, on the tape of one tile.
 //
-// Units that did not fire leave gradients of exactly 0, a third of all in a new network and more in a trained one. To all such coordinates a
-// generator gives the same number: it is computed once, and in the backward they are one coordinate, with the sum of their gradients.
+// Units that did not fire leave gradients of exactly 0: a sixth to a third of all in a new network, more in a trained one. To all such coordinates
+// a generator gives the same number: it is computed once, and in the backward they are one coordinate, with the sum of their gradients.
 //
 // A task is a block of kBlock coordinates and has sums of its own for the gradients of the weights. They are added up block by block, so
 // the bits of a result do not depend on the number of threads.
