@@ -25,7 +25,7 @@ CONFIG = MatchingConfig(way=20, shot=1, queries=4, steps=500, channels=32, valid
 TESTS = ((5, 1000), (20, 400))  # way, episodes
 MANN_CONFIG = MANNConfig(steps=4000, strength="learned", rotations=True)
 MANN_EPISODES = 400
-METANET_CONFIG = MetaNetConfig(steps=450, channels=32, validation_classes=100, eval_every=150)
+METANET_CONFIG = MetaNetConfig(steps=900, channels=32, validation_classes=100, eval_every=150)
 METANET_TESTS = ((5, 400),)
 SEED = 1  # of the test episodes and of the pictured one: the first that it gives, not the best
 
