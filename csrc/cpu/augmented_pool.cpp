@@ -43,14 +43,19 @@ template <typename T> struct Row {
   }
 };
 
-template <typename T> FASTMETA_INLINE void pool_row(const Row<T>& row, T* pooled) {
+// use(j, window) for every window of a row; `use` holds its pointers by value, or GCC makes no vector code of the loop.
+template <typename T, typename Use> FASTMETA_INLINE void for_each_window(const Row<T>& row, const Use& use) {
   const int64_t pairs = row.width / 2;
   if (row.below)
 #pragma omp simd
-    for (int64_t j = 0; j < pairs; ++j) pooled[j] = row.window(2 * j, true).value;
+    for (int64_t j = 0; j < pairs; ++j) use(j, row.window(2 * j, true));
   else
-    for (int64_t j = 0; j < pairs; ++j) pooled[j] = row.window(2 * j, true).value;
-  if (row.width % 2) pooled[pairs] = row.window(2 * pairs, false).value;
+    for (int64_t j = 0; j < pairs; ++j) use(j, row.window(2 * j, true));
+  if (row.width % 2) use(pairs, row.window(2 * pairs, false));
+}
+
+template <typename T> FASTMETA_INLINE void pool_row(const Row<T>& row, T* pooled) {
+  for_each_window(row, [=](int64_t j, Largest<T> window) FASTMETA_INLINE_LAMBDA { pooled[j] = window.value; });
 }
 
 template <typename T> FASTMETA_INLINE void pool_row_backward(const Row<T>& row, const T* grad, T* positions, T* grad_slow, T* grad_fast) {
@@ -60,11 +65,7 @@ template <typename T> FASTMETA_INLINE void pool_row_backward(const Row<T>& row, 
     grad_slow[i] = !largest || slow <= 0 ? T(0) : g;
     grad_fast[i] = !largest || fast <= 0 ? T(0) : g;
   };
-  if (row.below)
-#pragma omp simd
-    for (int64_t j = 0; j < pairs; ++j) positions[j] = row.window(2 * j, true).position;
-  else
-    for (int64_t j = 0; j < pairs; ++j) positions[j] = row.window(2 * j, true).position;
+  for_each_window(row, [=](int64_t j, Largest<T> window) FASTMETA_INLINE_LAMBDA { positions[j] = window.position; });
   // Row by row, so that each loop writes side by side.
   for (int64_t below = 0; below <= row.below; below += std::max<int64_t>(1, row.below)) {
     const T left = below ? T(2) : T(0);
@@ -74,7 +75,7 @@ template <typename T> FASTMETA_INLINE void pool_row_backward(const Row<T>& row, 
       set(below + 2 * j, position == left, g);
       set(below + 2 * j + 1, position == left + 1, g);
     }
-    if (row.width % 2) set(below + 2 * pairs, row.window(2 * pairs, false).position == left, grad[pairs]);
+    if (row.width % 2) set(below + 2 * pairs, positions[pairs] == left, grad[pairs]);
   }
 }
 
