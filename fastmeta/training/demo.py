@@ -20,7 +20,7 @@ from .matching import MatchingConfig
 from .metanet import MetaNetConfig
 from .models import build, load_model, train
 
-# Small enough for three minutes on two cores that have other work as well.
+# Small enough for some three minutes on two cores: a Meta Network on quiet ones, the Matching Network also where there is other work.
 CONFIG = MatchingConfig(way=20, shot=1, queries=4, steps=500, channels=32, validation_classes=100, eval_every=50)
 TESTS = ((5, 1000), (20, 400))  # way, episodes
 MANN_CONFIG = MANNConfig(steps=4000, strength="learned", rotations=True)
